@@ -1,0 +1,76 @@
+"""The engine from the command line: `python -m PACKAGE "Once upon a time" --stream`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from .llm import LLM
+from .sampling_params import SamplingParams
+
+
+def embedded_model() -> str | None:
+    """The small model that comes with the repository, if it is there."""
+    spec = find_spec("folovllm")
+    folder = Path(spec.origin).parent / "models" / "tiny" if spec and spec.origin else None
+    return str(folder) if folder and folder.is_dir() else None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="Continue one or more prompts.")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
+    parser.add_argument("--model", default=embedded_model(), help="folder or hub id (default: the embedded model)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--load-format", default="auto", help="auto, or dummy: random weights")
+    parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
+    parser.add_argument("--log-level", default="WARNING", help="DEBUG, INFO, WARNING or ERROR")
+    parser.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate")
+    parser.add_argument("--temperature", type=float, help="0: always the most likely token")
+    parser.add_argument("--seed", type=int, help="the same seed draws the same tokens")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    parser.add_argument("--stream", action="store_true", help="print every piece of text as it comes")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate and print.
+
+    Raises:
+        ValueError: anything that the user can mend.
+    """
+    engine_options = ("dtype", "device", "load_format", "max_model_len", "log_level")
+    with LLM(args.model, **{name: getattr(args, name) for name in engine_options}) as llm:
+        given = {name: getattr(args, name) for name in ("temperature", "seed") if getattr(args, name) is not None}
+        params = SamplingParams(
+            **{"temperature": llm.get_default_sampling_params().temperature, **given},
+            max_tokens=args.max_tokens,
+            ignore_eos=args.ignore_eos,
+        )
+        if not args.stream:
+            for output in llm.generate(args.prompts, params, use_tqdm=sys.stderr.isatty()):
+                print(f"{output.prompt}{output.text}")
+            return
+        current = None
+        for output in llm.stream(args.prompts, params):
+            if output.request_id != current:
+                current = output.request_id
+                print(output.prompt, end="")
+            print(output.delta, end="\n" if output.finished else "", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 when the user must change something."""
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), with the residual stream taken along."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight over the last dimension; the mean square is taken in float32.
+
+    A decoder layer adds to the residual stream and then normalises it, twice. Doing both here lets the pair become
+    one kernel without the model noticing.
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+    @overload
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(self, x, residual=None):  # type: ignore[no-untyped-def]
+        """x: [..., hidden_size] -> the same; with a residual: (normed x + residual, x + residual)."""
+        if residual is None:
+            return self._norm(x)
+        residual = x + residual
+        return self._norm(residual), residual
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .attention.metadata import AttentionMetadata
 from .config import EngineConfig
+from .engine.detokenizer import IncrementalDetokenizer
 from .model_executor.model_loader import (
     load_generation_config,
     load_hf_config,
@@ -251,19 +252,22 @@ class LLM:
         )
         metrics = RequestMetrics(request.arrival_time)
         seq.status = SequenceStatus.RUNNING
+        detokenizer = IncrementalDetokenizer(self.tokenizer, request.prompt_token_ids)
         text = ""
         while not seq.is_finished:
-            seq.token_ids.append(self._next_token(seq))
+            token_id = self._next_token(seq)
+            seq.token_ids.append(token_id)
             check_stop(seq, self.eos_token_ids)
             metrics.record_token(time.perf_counter())
-            previous, text = text, self._detokenize(seq)
+            delta = "" if seq.ended_by_token else detokenizer.step(token_id)
+            text += delta
             completion = CompletionOutput(
                 index=0,
                 text=text,
                 token_ids=seq.output_token_ids,
                 finish_reason=seq.status.finish_reason,
                 stop_reason=seq.stop_reason,
-                delta=text[len(previous) :],
+                delta=delta,
             )
             yield RequestOutput(
                 request.request_id, request.prompt, request.prompt_token_ids, [completion], seq.is_finished, metrics
@@ -278,14 +282,6 @@ class LLM:
         hidden = self.model(input_ids, positions, metadata)
         logits = self.model.compute_logits(hidden[-1:])
         return int(self.sampler(logits, SamplingMetadata.from_sequences([seq], self.device)))
-
-    def _detokenize(self, seq: Sequence) -> str:
-        token_ids = seq.output_token_ids
-        if seq.ended_by_token:
-            token_ids = token_ids[:-1]
-        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-        # The bytes of one character may come in several tokens; until the last has come they decode to U+FFFD.
-        return text if seq.is_finished else text.rstrip("\ufffd")
 
 
 def as_prompt_list(prompts: Any) -> list[Any]:

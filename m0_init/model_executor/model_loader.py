@@ -77,9 +77,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ValueError: the folder has none that transformers can load without running remote code.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises several types here
         raise ValueError(f"no tokenizer could be loaded from {folder}; name one with tokenizer=FOLDER") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer in {folder} has no tokenizer.json; convert it to a fast tokenizer first")
+    return tokenizer
 
 
 def load_model(

@@ -214,7 +214,15 @@ class LLM:
                 f"most {self.max_model_len - 1}, or raise max_model_len"
             )
         max_tokens = min(params.max_tokens or room, room)
-        return Request(str(next(self._counter)), text, token_ids, params, max_tokens, arrival_time)
+        return Request(
+            request_id=str(next(self._counter)),
+            prompt=text,
+            prompt_token_ids=token_ids,
+            sampling_params=params,
+            max_tokens=max_tokens,
+            eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
+            arrival_time=arrival_time,
+        )
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict) and len(prompt) == 1:
@@ -228,7 +236,7 @@ class LLM:
             f"got {prompt!r:.80}"
         )
 
-    def _find_eos_token_ids(self) -> list[int]:
+    def _find_eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text: generation_config.json's, else config.json's, else the tokenizer's."""
         for eos in (
             self.generation_config.get("eos_token_id"),
@@ -236,8 +244,8 @@ class LLM:
             self.tokenizer.eos_token_id,
         ):
             if eos is not None:
-                return eos if isinstance(eos, list) else [eos]
-        return []
+                return tuple(eos) if isinstance(eos, list) else (eos,)
+        return ()
 
     # ------------------------------------------------------------------ run, and out: tokens to text
 
@@ -257,7 +265,7 @@ class LLM:
         while not seq.is_finished:
             token_id = self._next_token(seq)
             seq.token_ids.append(token_id)
-            check_stop(seq, self.eos_token_ids)
+            check_stop(seq)
             metrics.record_token(time.perf_counter())
             delta = "" if seq.ended_by_token else detokenizer.step(token_id)
             text += delta

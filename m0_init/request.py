@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from .sampling_params import SamplingParams
@@ -45,6 +44,7 @@ class Request:
     Attributes:
         prompt: the text, or None when the prompt came as token ids.
         max_tokens: most tokens to generate: the parameters' own limit, or what max_model_len leaves.
+        eos_token_ids: the model's tokens that end it; none if they are to be ignored.
         arrival_time: seconds on the clock of `time.perf_counter`.
     """
 
@@ -53,6 +53,7 @@ class Request:
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     max_tokens: int
+    eos_token_ids: tuple[int, ...]
     arrival_time: float
 
 
@@ -106,19 +107,19 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED_STOPPED
 
 
-def check_stop(seq: Sequence, eos_token_ids: Collection[int]) -> None:
+def check_stop(seq: Sequence) -> None:
     """Finish `seq` if its newest token was its last one.
 
     The order is vLLM's: an EOS on the last token that was allowed reports "stop", not "length".
     """
-    params = seq.request.sampling_params
+    request = seq.request
     token = seq.token_ids[-1]
-    if token in eos_token_ids and not params.ignore_eos:
+    if token in request.eos_token_ids:
         seq.status = SequenceStatus.FINISHED_STOPPED
-    elif params.stop_token_ids and token in params.stop_token_ids:
+    elif token in (request.sampling_params.stop_token_ids or ()):
         seq.status = SequenceStatus.FINISHED_STOPPED
         seq.stop_reason = token
-    elif seq.num_output_tokens == seq.request.max_tokens:
+    elif seq.num_output_tokens == request.max_tokens:
         seq.status = SequenceStatus.FINISHED_LENGTH
 
 

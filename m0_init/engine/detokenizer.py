@@ -24,10 +24,14 @@ class IncrementalDetokenizer:
     Args:
         tokenizer: a fast one (backed by the tokenizers library).
         prompt_token_ids: what the output continues; none of it is returned.
+        skip_special_tokens: leave out tokens such as <|im_end|>.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: list[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: list[int], skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._start_stream()
         for token_id in prompt_token_ids[-_CONTEXT_TOKENS:]:
             self.step(token_id)
@@ -47,10 +51,10 @@ class IncrementalDetokenizer:
         self._held.append(token_id)
         if len(self._held) <= _MAX_HELD_TOKENS:
             return ""
-        text = self._tokenizer.decode(self._held, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._held, skip_special_tokens=self._skip_special_tokens)
         self._start_stream()
         return text
 
     def _start_stream(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
         self._held: list[int] = []  # tokens since the last piece

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from .llm import LLM
-from .sampling_params import SamplingParams
+from .outputs import RequestOutput
 
 
 def embedded_model() -> str | None:
@@ -43,22 +45,23 @@ def run(args: argparse.Namespace) -> None:
     """
     engine_options = ("dtype", "device", "load_format", "max_model_len", "log_level")
     with LLM(args.model, **{name: getattr(args, name) for name in engine_options}) as llm:
-        given = {name: getattr(args, name) for name in ("temperature", "seed") if getattr(args, name) is not None}
-        params = SamplingParams(
-            **{"temperature": llm.get_default_sampling_params().temperature, **given},
-            max_tokens=args.max_tokens,
-            ignore_eos=args.ignore_eos,
-        )
-        if not args.stream:
-            for output in llm.generate(args.prompts, params, use_tqdm=sys.stderr.isatty()):
-                print(f"{output.prompt}{output.text}")
+        options = ("temperature", "seed", "max_tokens", "ignore_eos")
+        given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+        params = replace(llm.get_default_sampling_params(), **given)
+        if args.stream:
+            print_stream(llm.stream(args.prompts, params))
             return
-        current = None
-        for output in llm.stream(args.prompts, params):
-            if output.request_id != current:
-                current = output.request_id
-                print(output.prompt, end="")
-            print(output.delta, end="\n" if output.finished else "", flush=True)
+        for output in llm.generate(args.prompts, params, use_tqdm=sys.stderr.isatty()):
+            print(f"{output.prompt}{output.text}")
+
+
+def print_stream(outputs: Iterable[RequestOutput]) -> None:
+    current = None
+    for output in outputs:
+        if output.request_id != current:
+            current = output.request_id
+            print(output.prompt, end="")
+        print(output.delta, end="\n" if output.finished else "", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,7 @@ _FINISH_REASONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """What was asked.
 
@@ -57,7 +57,7 @@ class Request:
     arrival_time: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One stream of tokens, prompt and output together.
 

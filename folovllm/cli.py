@@ -1,0 +1,201 @@
+"""The `folovllm` command: talk to a stage, show what a stage changed, look after the ledger.
+
+A fault of the user is one sentence on stderr and exit code 2. Stages, and with them torch, are imported only by the
+commands that run one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import TINY, import_stage, stages
+
+
+def generate(arguments: list[str]) -> int:
+    """Hand everything but `--stage` to the stage's own command line."""
+    name, rest = None, []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word == "--stage":
+            name = next(words, None)
+            if name is None:
+                raise ValueError("--stage needs a name, such as m0")
+        elif word.startswith("--stage="):
+            name = word.removeprefix("--stage=")
+        else:
+            rest.append(word)
+    stage = import_stage(name)
+    if {"-h", "--help"} & set(rest):
+        print(f"`folovllm generate` runs {stage.__name__} (another with --stage NAME), whose options are:\n")
+    return int(importlib.import_module(f"{stage.__name__}.__main__").main(rest))
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Read questions, stream answers, remember both."""
+    stage = import_stage(args.stage)
+    with stage.LLM(model=str(args.model), log_level="WARNING") as llm:
+        given = {name: getattr(args, name) for name in ("max_tokens", "temperature", "seed")}
+        params = dataclasses.replace(
+            llm.get_default_sampling_params(), **{name: value for name, value in given.items() if value is not None}
+        )
+        if Path(args.model).resolve() == TINY:
+            millions = sum(weight.numel() for weight in llm.model.parameters()) / 1e6
+            print(f"This is a story model of {millions:.1f} million parameters: small stories are all it knows.")
+        interactive = sys.stdin.isatty()
+        if interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (arrow keys and line history in input())
+            print("Ctrl-C stops an answer, /reset forgets the conversation, /quit or Ctrl-D leaves.")
+        return _converse(llm, params, interactive)
+
+
+def _converse(llm: Any, params: Any, interactive: bool) -> int:
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line == "/quit":
+            return 0
+        if line == "/reset":
+            history.clear()
+        elif line:
+            question = {"role": "user", "content": line}
+            try:
+                answer = _answer(llm, [*history, question], params)
+            except ValueError as error:
+                # A pipe has nobody to try again.
+                if not interactive:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                history += [question, {"role": "assistant", "content": answer}]
+
+
+def _answer(llm: Any, messages: list[dict[str, str]], params: Any) -> str:
+    """Print an answer as it is made; Ctrl-C ends it, and what was said so far stands."""
+    answer = ""
+    with contextlib.closing(llm.stream(llm.preprocess_chat(messages), params)) as outputs:
+        try:
+            for output in outputs:
+                answer += output.delta
+                print(output.delta, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+    print()
+    return answer
+
+
+def diff(args: argparse.Namespace) -> int:
+    """Print the diff of two stages, or its summary, or write it as a page."""
+    found = stages.diff(stages.find_root(), args.a, args.b, args.file)
+    if args.html:
+        title = " ".join(filter(None, ["folovllm diff", args.a, args.b, args.file]))
+        Path(args.html).write_text(stages.format_html(found, title), encoding="utf-8")
+        print(f"wrote {args.html}")
+    if not args.stat and not args.html:
+        _print_coloured([line for item in found for line in item.unified])
+    print(stages.format_stat(found))
+    return 0
+
+
+def _print_coloured(lines: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    colours = {"---": "bold", "+++": "bold", "@@ ": "cyan", "+": "green", "-": "red"}
+    console = Console(soft_wrap=True, highlight=False)
+    for line in lines:
+        style = next((colour for start, colour in colours.items() if line.startswith(start)), "")
+        console.print(Text(line, style))
+
+
+def check_ledger(args: argparse.Namespace) -> int:
+    """Print the ledger's report; 1 if it has errors."""
+    report = stages.check(stages.find_root())
+    print(report)
+    return 1 if report.errors else 0
+
+
+def port(args: argparse.Namespace) -> int:
+    """Carry a fix upwards; 1 if a file was left with conflict markers."""
+    report = stages.port(stages.find_root(), args.stage, args.to, args.base)
+    print(report)
+    return 1 if report.conflicts else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="folovllm", description="A small vLLM, built in eight steps.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands.add_parser("generate", help="continue prompts: [--stage NAME] and then that stage's own options")
+
+    talk = commands.add_parser("chat", help="a conversation in the terminal, or with questions from a pipe, one a line")
+    talk.add_argument("--stage", help="which stage answers, as m0 or m0_init (default: FOLOVLLM_STAGE, or the newest)")
+    talk.add_argument("--model", default=str(TINY), help="hub id or local folder (default: the embedded model)")
+    talk.add_argument("--max-tokens", type=int, default=256, help="the longest answer, in tokens (default: 256)")
+    talk.add_argument("--temperature", type=float, help="0 is greedy (default: what the model recommends)")
+    talk.add_argument("--seed", type=int, help="makes the answers repeatable")
+    talk.set_defaults(run=chat)
+
+    _add_diff(commands)
+    ledger = commands.add_parser("stages", help="look after the stages: check, diff, port")
+    actions = ledger.add_subparsers(metavar="ACTION", required=True)
+    actions.add_parser("check", help="hold the stages to stages.toml").set_defaults(run=check_ledger)
+    _add_diff(actions)
+    carry = actions.add_parser("port", help="carry a fix to the later stages by three-way merges")
+    carry.add_argument("stage", help="the first stage that had the bug, mended in the working tree")
+    carry.add_argument("--to", help="the last stage to carry it to (default: the newest)")
+    carry.add_argument("--base", default="HEAD", help="the revision that the fix is measured against (default: HEAD)")
+    carry.set_defaults(run=port)
+    return parser
+
+
+def _add_diff(commands: Any) -> None:
+    parser = commands.add_parser("diff", help="what one stage changes in another")
+    parser.add_argument("a", metavar="OLD", help="a stage, as m0 or m0_init")
+    parser.add_argument("b", metavar="NEW", help="another stage")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="only this file, by its path in the stage or the end of it"
+    )
+    parser.add_argument("--stat", action="store_true", help="the summary alone")
+    parser.add_argument("--html", metavar="OUT", help="write a side-by-side page to this file instead")
+    parser.set_defaults(run=diff)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (check or port found something) or 2 (a fault of the user)."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["generate"]:
+            return generate(argv[1:])
+        args = _parser().parse_args(argv)
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `folovllm diff m0 m1 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

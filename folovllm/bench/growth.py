@@ -1,0 +1,67 @@
+"""How the time per token grows with the context: `python -m folovllm.bench.growth --stage m0`.
+
+Runs the workload `decode_growth` on a stage and fits what came out: a line through the time of each token, a parabola
+through the time of all tokens so far. The points and the fits go to docs/results/growth_STAGE_DEVICE.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import TINY, lab
+
+
+def fit(x: np.ndarray, y: np.ndarray, degree: int) -> dict[str, Any]:
+    """Least squares: coefficients from the constant up, and the share of the variance of `y` that they explain."""
+    polynomial = np.polynomial.Polynomial.fit(x, y, degree)
+    unexplained = np.var(y - polynomial(x)) / np.var(y)
+    return {"coefficients": polynomial.convert().coef.tolist(), "r_squared": round(float(1 - unexplained), 5)}
+
+
+def describe(result: lab.Result) -> dict[str, Any]:
+    """Points, fits and ratios of a run of `decode_growth`. Milliseconds and tokens."""
+    contexts, seconds = lab.growth(result, window=16)
+    ms = seconds * 1e3
+    trace = result.traces[0]
+    done = np.arange(1, len(trace.token_times) + 1)
+    elapsed = np.array(trace.token_times) - trace.sent
+    return {
+        "contexts": contexts.tolist(),
+        "ms_per_token": [round(value, 4) for value in ms.tolist()],
+        "last_over_first": round(float(ms[-1] / ms[0]), 2),
+        "line_through_ms_per_token": fit(contexts, ms, 1),
+        "parabola_through_seconds_so_far": fit(done, elapsed, 2),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m folovllm.bench.growth", description="Time per token by context.")
+    parser.add_argument("--stage", default="m0", help="m0, m1, … (default: m0)")
+    parser.add_argument("--model", default=str(TINY), help="folder or hub id (default: the embedded model)")
+    parser.add_argument("--load-format", default="auto", help="auto, or dummy: random weights")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    try:
+        options = {name: getattr(args, name) for name in ("load_format", "dtype", "device")}
+        with lab.load_stage(args.stage).LLM(args.model, log_level="WARNING", **options) as llm:
+            result = lab.run(llm, "decode_growth")
+            model = {"model": Path(args.model).name, "dtype": llm.config.dtype, "device": llm.config.device}
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    figures = {**model, **result.summary(), **describe(result)}
+    stage = result.stage.partition("_")[0]
+    path = lab.save_result(f"growth_{stage}_{model['device'].partition(':')[0]}", figures)
+    print(f"first {figures['ms_per_token'][0]:.2f} ms a token, last {figures['ms_per_token'][-1]:.2f} ms")
+    print(f"written to {path}")
+    print(json.dumps({key: value for key, value in figures.items() if key not in ("contexts", "ms_per_token")}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

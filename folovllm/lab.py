@@ -1,0 +1,390 @@
+"""The laboratory that notebooks and benchmarks share: it runs a workload on a stage and says how long every token took.
+
+An engine is driven only through `LLM.stream`, which all stages have, and is timed from the outside, so that the same
+code measures all of them. Every figure that is kept goes through `save_result`, which writes down the machine, the
+versions and the command beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import TINY
+from .bench.workloads import Workload, WorkloadRequest, make_workload
+from .cli import import_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: `load_stage("m0")` is the package `m0_init`.
+load_stage = import_stage
+
+
+# ---- running a workload ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SequenceTrace:
+    """When the tokens of one generated sequence came out, in seconds since the run began."""
+
+    request: int
+    sample: int
+    num_prompt_tokens: int
+    sent: float
+    token_times: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token, waiting for others included."""
+        return self.token_times[0] - self.sent
+
+    @property
+    def e2e(self) -> float:
+        return self.token_times[-1] - self.sent
+
+    @property
+    def inter_token(self) -> list[float]:
+        """The gaps between consecutive tokens."""
+        return [after - before for before, after in zip(self.token_times, self.token_times[1:], strict=False)]
+
+
+@dataclass
+class Result:
+    """What a run of a workload took; `traces` are in the order of its requests, then of their samples."""
+
+    stage: str
+    workload: Workload
+    seconds: float
+    traces: list[SequenceTrace]
+    peak_memory_bytes: int
+    notes: list[str]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(len(trace.token_times) for trace in self.traces)
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.num_output_tokens / self.seconds
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the run, ready for JSON. Latencies in milliseconds, as the median and the 99th percentile over
+        sequences (TTFT, TPOT, E2E) or over all gaps between tokens (ITL)."""
+        tpots = [np.mean(trace.inter_token) for trace in self.traces if len(trace.token_times) > 1]
+        latencies: dict[str, list[Any]] = {
+            "ttft": [trace.ttft for trace in self.traces],
+            "tpot": tpots,
+            "itl": [gap for trace in self.traces for gap in trace.inter_token],
+            "e2e": [trace.e2e for trace in self.traces],
+        }
+        return {
+            "stage": self.stage,
+            "workload": self.workload.name,
+            "description": self.workload.description,
+            "requests": len(self.workload.requests),
+            "output_tokens": self.num_output_tokens,
+            "seconds": round(self.seconds, 4),
+            "output_tokens_per_s": round(self.output_tokens_per_s, 2),
+            "requests_per_s": round(len(self.workload.requests) / self.seconds, 4),
+            **{
+                f"{name}_p{q}_ms": round(float(np.percentile(values, q)) * 1e3, 3) if values else None
+                for name, values in latencies.items()
+                for q in (50, 99)
+            },
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "notes": self.notes,
+        }
+
+
+def workload_for(llm: Any, name: str) -> Workload:
+    """The workload `name` in the sizes for this engine's device and with token ids of its vocabulary."""
+    config = llm.config
+    return make_workload(
+        name, vocab_size=llm.hf_config.vocab_size, max_model_len=config.max_model_len, device=config.device
+    )
+
+
+def run(engine: Any, workload: Workload | str, *, warmup: bool = True, **engine_options: Any) -> Result:
+    """Runs `workload` and times every token.
+
+    `engine` is an open LLM of any stage, or a stage's name: then an LLM is made with `engine_options` (the embedded
+    model unless they name another), and closed again. All requests are sent at once, but for turns of a conversation,
+    which wait for the turn before. With `warmup`, a two-token request goes first and is not counted. What the stage
+    cannot do as the workload asks is said in `Result.notes`.
+    """
+    if isinstance(engine, str):
+        with load_stage(engine).LLM(**{"model": str(TINY), **engine_options}) as llm:
+            return run(llm, workload, warmup=warmup)
+    if engine_options:
+        raise TypeError(f"an open LLM takes no engine options: {', '.join(engine_options)}")
+    if isinstance(workload, str):
+        workload = workload_for(engine, workload)
+    params_type = type(engine.get_default_sampling_params())
+    has_n = "n" in {option.name for option in fields(params_type)}
+    if warmup:
+        # The tail of a prompt, so that no prefix of it is left in a cache.
+        tail = workload.requests[0].prompt_token_ids[-8:]
+        engine.generate([tail], params_type(max_tokens=2, temperature=0.0, ignore_eos=True), use_tqdm=False)
+    _reset_peak_memory()
+    start = time.perf_counter()
+    traces: dict[tuple[int, int], SequenceTrace] = {}
+    histories: list[list[int]] = [request.prompt_token_ids for request in workload.requests]
+    for turn in _turns(workload.requests):
+        jobs: list[_Job] = []
+        for index in turn:
+            request = workload.requests[index]
+            if request.follows is not None:
+                histories[index] = histories[request.follows] + request.prompt_token_ids
+            jobs += _jobs(index, request, histories[index], params_type, has_n)
+        for trace in _stream(engine, jobs, start):
+            traces[trace.request, trace.sample] = trace
+        for index in turn:
+            histories[index] = histories[index] + traces[index, 0].token_ids
+    return Result(
+        stage=type(engine).__module__.partition(".")[0],
+        workload=workload,
+        seconds=time.perf_counter() - start,
+        traces=[traces[key] for key in sorted(traces)],
+        peak_memory_bytes=_peak_memory(),
+        notes=_notes(workload.requests, has_n),
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    request: int
+    sample: int
+    prompt: list[int]
+    params: Any
+
+
+def _turns(requests: list[WorkloadRequest]) -> list[list[int]]:
+    """Indices of the requests that can be sent together: those that follow nothing, then those that follow them, …"""
+    depths: list[int] = []
+    for request in requests:
+        depths.append(0 if request.follows is None else depths[request.follows] + 1)
+    return [[index for index, at in enumerate(depths) if at == depth] for depth in range(max(depths) + 1)]
+
+
+def _jobs(index: int, request: WorkloadRequest, prompt: list[int], params_type: type, has_n: bool) -> Iterator[_Job]:
+    """The request as this stage can take it: whole, or one job a sample. Sample i draws with seed + i either way."""
+    options: dict[str, Any] = {
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "ignore_eos": request.ignore_eos,
+    }
+    if has_n or request.n == 1:
+        if request.n > 1:
+            options["n"] = request.n
+        yield _Job(index, 0, prompt, params_type(seed=request.seed, **options))
+        return
+    for sample in range(request.n):
+        seed = None if request.seed is None else request.seed + sample
+        yield _Job(index, sample, prompt, params_type(seed=seed, **options))
+
+
+def _stream(llm: Any, jobs: list[_Job], start: float) -> Iterable[SequenceTrace]:
+    """Sends the jobs and notes the time of every token."""
+    # Outputs come in any order and under ids of the engine's choosing; equal prompts are told apart by turn of arrival.
+    unseen: dict[tuple[int, ...], deque[_Job]] = defaultdict(deque)
+    for job in jobs:
+        unseen[tuple(job.prompt)].append(job)
+    job_of: dict[str, _Job] = {}
+    traces: dict[tuple[str, int], SequenceTrace] = {}
+    sent = time.perf_counter() - start
+    for output in llm.stream([job.prompt for job in jobs], [job.params for job in jobs]):
+        now = time.perf_counter() - start
+        if output.request_id not in job_of:
+            job_of[output.request_id] = unseen[tuple(output.prompt_token_ids)].popleft()
+        job = job_of[output.request_id]
+        for completion in output.outputs:
+            key = (output.request_id, completion.index)
+            if key not in traces:
+                traces[key] = SequenceTrace(job.request, job.sample + completion.index, len(job.prompt), sent)
+            trace = traces[key]
+            trace.token_times += [now] * (len(completion.token_ids) - len(trace.token_times))
+            if output.finished:
+                trace.token_ids = list(completion.token_ids)
+    return traces.values()
+
+
+def _notes(requests: list[WorkloadRequest], has_n: bool) -> list[str]:
+    notes = []
+    if any(request.n > 1 for request in requests) and not has_n:
+        notes.append("this stage has no n: every sample was sent as a request of its own")
+    if any(request.arrival_step for request in requests):
+        notes.append("every request was sent at the start: arrival steps were not kept")
+    return notes
+
+
+def _cuda() -> Any:
+    """torch.cuda if somebody has loaded torch and there is a GPU, else None: this module alone does not need torch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def _reset_peak_memory() -> None:
+    if cuda := _cuda():
+        cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> int:
+    """Bytes, weights included: on a GPU the most that tensors held during the run; on a CPU the most that the process
+    has ever held, so a second run in one process never shows less than the first."""
+    if cuda := _cuda():
+        return int(cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---- what is written down --------------------------------------------------------------------------------------------
+
+
+def environment(command: str | None = None) -> dict[str, Any]:
+    """The machine, the versions, the commit and the command (this process's own unless given) behind a figure."""
+    torch, cuda = sys.modules.get("torch"), _cuda()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command or shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "commit": _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": [cuda.get_device_name(index) for index in range(cuda.device_count())] if cuda else [],
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "triton", "flash-attn", "numpy")},
+    }
+
+
+def save_result(name: str, figures: Mapping[str, Any], folder: Path = ROOT / "docs" / "results") -> Path:
+    """Writes `figures`, with the environment before them, to `folder`/`name`.json; returns the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    text = json.dumps({"environment": environment(), **figures}, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette: told apart with any kind of colour vision. Stage k always has colour k.
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999933")
+_STYLE: Any = {
+    "figure.figsize": (7.0, 4.0),
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e5e5",
+}
+
+
+def colour_of(label: str, position: int) -> str:
+    """The stage's colour if `label` starts with one ("m3", "m3_paged"), else the colour number `position`."""
+    stage = re.match(r"m(\d+)", label)
+    return COLOURS[(int(stage[1]) if stage else position) % len(COLOURS)]
+
+
+def new_axes(title: str, xlabel: str, ylabel: str) -> Any:
+    """A figure with one matplotlib Axes in the project's style; returns the Axes."""
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(_STYLE):
+        _, axes = plt.subplots()
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return axes
+
+
+def growth(result: Result, window: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Context length in tokens and seconds a token, for the one request of `result`.
+
+    Each point is the median of `window` neighbouring tokens, which a hiccup of the machine does not move. The first
+    token is left out: it is the prefill.
+    """
+    trace = result.traces[0]
+    gaps = np.array(trace.inter_token)
+    contexts = trace.num_prompt_tokens + 1 + np.arange(len(gaps))
+    whole = len(gaps) // window * window
+    if not whole:
+        raise ValueError(f"{len(gaps)} gaps between tokens are less than one window of {window}")
+    return contexts[:whole].reshape(-1, window).mean(axis=1), np.median(gaps[:whole].reshape(-1, window), axis=1)
+
+
+def plot_time_per_token(results: Mapping[str, Result], degrees: Mapping[str, int] | None = None) -> Any:
+    """Milliseconds a token against context length, one colour a label; returns the Axes.
+
+    `degrees` asks for a least-squares polynomial through a label's points: 1 is a line, 2 a parabola.
+    """
+    axes = new_axes("Time per token", "context (tokens)", "time per token (ms)")
+    for position, (label, result) in enumerate(results.items()):
+        colour = colour_of(label, position)
+        contexts, seconds = growth(result)
+        axes.plot(contexts, seconds * 1e3, ".", color=colour, alpha=0.5, label=label)
+        if degree := (degrees or {}).get(label):
+            fit = np.polynomial.Polynomial.fit(contexts, seconds * 1e3, degree)
+            kind = {1: "linear", 2: "quadratic"}.get(degree, f"degree {degree}")
+            axes.plot(contexts, fit(contexts), color=colour, label=f"{label}, {kind} fit")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return axes
+
+
+def bars(values: Mapping[str, float], title: str, unit: str, number: str = ",.1f") -> Any:
+    """Horizontal bars from the top down, each with its value written by the format `number`; returns the Axes."""
+    axes = new_axes(title, unit, "")
+    labels = list(values)
+    colours = [colour_of(label, 1) for label in labels]
+    drawn = axes.barh(labels, list(values.values()), color=colours)
+    axes.bar_label(drawn, [format(value, number) for value in values.values()], padding=4)
+    axes.grid(axis="y", visible=False)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    return axes

@@ -65,13 +65,15 @@ def print_stream(outputs: Iterable[RequestOutput]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 when the user must change something."""
+    """Returns the exit code: 0, 2 when the user must change something, 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
     try:
         run(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .utils.common import check_option_names
+from .utils.common import check_int, check_option_names
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', got {self.load_format!r}")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ValueError(f"max_model_len must hold a prompt token and an output token, got {self.max_model_len}")
+        if self.max_model_len is not None:
+            check_int("max_model_len", self.max_model_len, 2)  # a prompt token and an output token
         if self.attention_backend not in (None, "naive"):
             raise ValueError(f"attention_backend must be 'naive', got {self.attention_backend!r}")
         if self.tensor_parallel_size != 1:

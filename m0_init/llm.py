@@ -183,18 +183,23 @@ class LLM:
 
     def _make_requests(self, prompts: Any, sampling_params: Any) -> list[Request]:
         """Validate everything before anything runs."""
-        if self.model is None:
-            raise ValueError("this LLM is closed; make a new one")
+        self._check_open()
         prompts = as_prompt_list(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, (list, tuple)):
+            raise ValueError(f"sampling_params must be SamplingParams or a list, got {type(sampling_params).__name__}")
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one, or one each"
             )
         return [self._make_request(prompt, params) for prompt, params in zip(prompts, sampling_params, strict=True)]
+
+    def _check_open(self) -> None:
+        if self.model is None:
+            raise ValueError("this LLM is closed; make a new one")
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         arrival_time = time.perf_counter()
@@ -225,12 +230,13 @@ class LLM:
         )
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict) and len(prompt) == 1:
-            prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
-        if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt)
-        if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
-            return None, list(prompt)
+        is_dict = isinstance(prompt, dict)
+        text = prompt.get("prompt") if is_dict else prompt
+        token_ids = prompt.get("prompt_token_ids") if is_dict else prompt
+        if isinstance(text, str):
+            return text, self.tokenizer.encode(text)
+        if isinstance(token_ids, list) and all(isinstance(token, int) for token in token_ids):
+            return None, list(token_ids)
         raise ValueError(
             'a prompt is text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; '
             f"got {prompt!r:.80}"
@@ -284,6 +290,7 @@ class LLM:
     @torch.inference_mode()
     def _next_token(self, seq: Sequence) -> int:
         """One forward pass over everything so far, and one draw."""
+        self._check_open()
         input_ids = torch.tensor(seq.token_ids, device=self.device)
         positions = torch.arange(seq.num_tokens, device=self.device)
         metadata = AttentionMetadata.from_lens([seq.num_tokens], [seq.num_tokens], self.device)

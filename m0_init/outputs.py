@@ -88,4 +88,5 @@ class RequestOutput:
         return self.outputs[0].delta
 
     def __getitem__(self, key: object) -> NoReturn:
+        key = {"tokens": "token_ids"}.get(str(key), key)
         raise TypeError(f"a RequestOutput is an object, not a dict: write output.{key}, not output[{key!r}]")

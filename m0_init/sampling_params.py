@@ -6,12 +6,11 @@ the engine and one object may serve many requests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .utils.common import check_option_names
+from .utils.common import check_int, check_option_names, check_real
 
 # Temperatures below this divide logits into overflow and mean the same as zero.
 GREEDY_TEMPERATURE = 1e-5
@@ -44,17 +43,17 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or not 0 <= self.temperature <= 2:
-            raise ValueError(f"temperature must be in [0, 2], got {self.temperature}")
+        check_real("temperature", self.temperature, 0, 2)
         if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed must be a 64-bit integer, got {self.seed!r}")
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
-        if any(not isinstance(token, int) for token in self.stop_token_ids or ()):
-            raise ValueError(f"stop_token_ids must be integers, got {self.stop_token_ids!r}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        stop_token_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(stop_token_ids, Sequence) or any(not isinstance(token, int) for token in stop_token_ids):
+            raise ValueError(f"stop_token_ids must be a list of integers, got {self.stop_token_ids!r}")
+        object.__setattr__(self, "stop_token_ids", tuple(stop_token_ids))
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 1)
 
     @property
     def is_greedy(self) -> bool:

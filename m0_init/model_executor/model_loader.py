@@ -62,7 +62,11 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     if raw is None:
         raise ValueError(f"{folder} holds no config.json: it is not a Hugging Face checkpoint")
     get_model_class(raw.get("architectures"))
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises several types here, some of them several lines long
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / 'config.json'} cannot be used: {reason}") from error
 
 
 def load_generation_config(folder: Path) -> dict[str, Any]:
@@ -76,6 +80,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the folder has none that transformers can load without running remote code.
     """
+    # Without any of these, transformers makes an empty tokenizer for some architectures and says nothing.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"no tokenizer could be loaded from {folder}; name one with tokenizer=FOLDER")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises several types here
@@ -122,6 +129,8 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         ValueError: no such file, a shard that the index names and is not there, or a damaged file.
     """
     index = _read_json(folder / "model.safetensors.index.json")
+    if index is not None and "weight_map" not in index:
+        raise ValueError(f"{folder / 'model.safetensors.index.json'} has no weight_map; download it again")
     files = sorted(set(index["weight_map"].values())) if index else sorted(p.name for p in folder.glob("*.safetensors"))
     absent = [name for name in files if not (folder / name).is_file()]
     if absent or not files:
@@ -194,6 +203,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value

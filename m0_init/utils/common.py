@@ -101,3 +101,15 @@ def check_option_names(owner: str, given: Iterable[str], known: Iterable[str]) -
             guess = next(iter(difflib.get_close_matches(name, known, n=1)), None)
         hint = f"did you mean {guess}?" if guess else f"it has: {', '.join(known)}"
         raise TypeError(f"{owner} has no option {name!r}; {hint}")
+
+
+def check_int(name: str, value: object, low: int) -> None:
+    """Raises ValueError unless `value` is an integer of at least `low`."""
+    if not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def check_real(name: str, value: object, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a number in [low, high]; NaN is not."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")

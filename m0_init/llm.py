@@ -230,7 +230,7 @@ class LLM:
         )
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        is_dict = isinstance(prompt, dict)
+        is_dict = isinstance(prompt, dict) and len(prompt) == 1
         text = prompt.get("prompt") if is_dict else prompt
         token_ids = prompt.get("prompt_token_ids") if is_dict else prompt
         if isinstance(text, str):

@@ -72,8 +72,10 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
     cdf = weights.cumsum(dim=-1)  # up to the total weight, not to 1
     threshold = uniform * cdf[:, -1]  # below the total: uniform <= 1 - 2^-24 and float32 rounds the product down
-    token_ids = torch.searchsorted(cdf, threshold[:, None], right=True).squeeze(-1)
-    return token_ids.clamp_(max=logits.shape[-1] - 1)  # a row of NaN has no answer, but it has to be a token
+    token_ids = torch.searchsorted(cdf, threshold[:, None], right=True).clamp_(max=logits.shape[-1] - 1)  # [N, 1]
+    # A GPU sums in parallel and may round up at a token of weight 0; and a row of NaN has no answer at all.
+    possible = weights.gather(-1, token_ids) > 0
+    return torch.where(possible.squeeze(-1), token_ids.squeeze(-1), logits.argmax(dim=-1))
 
 
 def random_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

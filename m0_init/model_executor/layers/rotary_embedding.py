@@ -59,4 +59,4 @@ def inverse_frequencies(head_dim: int, rope_parameters: dict[str, Any]) -> torch
     turns = rope_parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     low, high = rope_parameters["low_freq_factor"], rope_parameters["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down, 1: as it was
-    return inv_freq * (keep + (1 - keep) / rope_parameters["factor"])
+    return (1 - keep) * inv_freq / rope_parameters["factor"] + keep * inv_freq

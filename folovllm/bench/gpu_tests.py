@@ -25,7 +25,9 @@ def run_stage(name: str) -> dict[str, Any]:
     """Run the tests of one stage; the record of it."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "gpu", "--milestone", name.partition("_")[0]]
+        # Only the files that hold such tests: others may import what a machine made for GPUs does not have.
+        files = [str(p) for p in (lab.ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text("utf-8")]
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-m", "gpu", "--milestone", name.partition("_")[0]]
         subprocess.run([*command, f"--junitxml={report}", "-p", "no:cacheprovider"], cwd=lab.ROOT, check=False)
         suite = ElementTree.parse(report).getroot().find("testsuite")
     if suite is None:

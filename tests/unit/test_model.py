@@ -38,11 +38,12 @@ def test_rms_norm(stage: ModuleType, shape: tuple[int, ...], dtype: torch.dtype)
     rtol = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
     x = (randn(*shape) * 0.1 + torch.linspace(0, 30, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
     before = x.clone()
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=rtol)
+    theirs.weight.data = weight.float()
+    torch.testing.assert_close(ours(x).float(), theirs(x.float()), atol=1e-6, rtol=rtol)
     residual = randn(*shape, seed=2).to(dtype)
     normed, stream = ours(x, residual)
     torch.testing.assert_close(stream, x + residual)
-    torch.testing.assert_close(normed, theirs(x + residual), atol=1e-6, rtol=rtol)
+    torch.testing.assert_close(normed.float(), theirs((x + residual).float()), atol=1e-6, rtol=rtol)
     assert torch.equal(x, before)
 
 

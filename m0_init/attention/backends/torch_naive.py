@@ -44,10 +44,11 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out
         rows = q[start : start + QUERY_TILE]  # [R, KvH, G, D]
         first_position = num_keys - num_queries + start
         visible = first_position + len(rows)  # keys that the tile's last row sees
-        scores = torch.einsum("rhgd,khd->hgrk", rows, k[:visible]) * scale
-        row_positions = torch.arange(first_position, visible, device=q.device)
-        hidden = torch.arange(visible, device=q.device) > row_positions[:, None]  # [R, K]: keys in a row's future
-        scores = scores.masked_fill(hidden, float("-inf"))
+        scores = torch.einsum("rhgd,khd->hgrk", rows * scale, k[:visible])
+        if len(rows) > 1:  # a single row sees all of them
+            row_positions = torch.arange(first_position, visible, device=q.device)
+            hidden = torch.arange(visible, device=q.device) > row_positions[:, None]  # [R, K]: keys in a row's future
+            scores = scores.masked_fill(hidden, float("-inf"))
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
         tile = torch.einsum("hgrk,khd->rhgd", weights, v[:visible])
         out[start : start + QUERY_TILE] = tile.flatten(1, 2)

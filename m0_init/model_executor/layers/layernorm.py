@@ -6,10 +6,11 @@ from typing import overload
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * weight over the last dimension; the mean square is taken in float32.
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32.
 
     A decoder layer adds to the residual stream and then normalises it, twice. Doing both here lets the pair become
     one kernel without the model noticing.
@@ -26,12 +27,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def forward(self, x, residual=None):  # type: ignore[no-untyped-def]
         """x: [..., hidden_size] -> the same; with a residual: (normed x + residual, x + residual)."""
-        if residual is None:
-            return self._norm(x)
-        residual = x + residual
-        return self._norm(residual), residual
-
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        if residual is not None:
+            x = x + residual
+        normed = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return normed if residual is None else (normed, x)

@@ -29,19 +29,21 @@ class RotaryEmbedding(nn.Module):
         # The model is built on the meta device; this table is no parameter, so it is computed for real at once.
         with torch.device("cpu"):
             angles = torch.outer(torch.arange(max_position).float(), inverse_frequencies(head_dim, rope_parameters))
-            cos_sin = torch.stack([angles.cos(), angles.sin()]).to(torch.get_default_dtype())
-        self.register_buffer("cos_sin", cos_sin, persistent=False)  # [2, max_position, head_dim / 2]
+            cos, sin = angles.cos(), angles.sin()  # [max_position, head_dim / 2]
+            # Laid out for whole heads: (x1, x2) * (cos, cos) + (x2, x1) * (-sin, sin) rotates every pair (x1, x2).
+            cos_sin = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+        self.register_buffer("cos_sin", cos_sin.to(torch.get_default_dtype()), persistent=False)
         self.cos_sin: torch.Tensor
 
     def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T], q [T, num_heads, head_dim], k [T, num_kv_heads, head_dim] -> rotated q and k."""
-        cos, sin = self.cos_sin[:, positions].unsqueeze(2)  # each [T, 1, head_dim / 2]
+        cos, sin = self.cos_sin[:, positions].unsqueeze(2)  # each [T, 1, head_dim]
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def inverse_frequencies(head_dim: int, rope_parameters: dict[str, Any]) -> torch.Tensor:

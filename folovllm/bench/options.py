@@ -33,7 +33,7 @@ def open_llm(args: argparse.Namespace, stage: str | None, **overrides: Any) -> A
 
 
 def describe_engine(args: argparse.Namespace, llm: Any) -> dict[str, Any]:
-    """What was measured, for the JSON; the model goes by its folder's name, so that a figure does not depend on ours."""
+    """What was measured, for the JSON; the model goes by its name, wherever its folder is."""
     return {"model": Path(args.model).name, "dtype": llm.config.dtype, "device": llm.config.device}
 
 

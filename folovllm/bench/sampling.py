@@ -1,8 +1,8 @@
 """What one seeded draw costs: `python -m folovllm.bench.sampling [--device cuda]`.
 
-A draw has to be a pure function of (logits, seed, position). Inverse-CDF hashes one number a row and needs a running sum
-over the vocabulary; Gumbel-max hashes one number for every token id and needs only an arg max. Both are timed here on
-the vocabulary of Qwen3, with the stage's own sampler for the first, and the figures go to docs/results/sampling_*.json.
+A draw has to be a pure function of (logits, seed, position). Inverse-CDF hashes one number a row and needs a running
+sum over the vocabulary; Gumbel-max hashes one number for every token id and needs only an arg max. Both are timed here
+on the vocabulary of Qwen3, with the first stage's own sampler for the former; the figures go to docs/results.
 """
 
 import argparse
@@ -56,8 +56,11 @@ def make_ways(sampler: ModuleType, device: torch.device, num_rows: int) -> dict[
 
 
 def measure(device: torch.device, num_rows: int, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of each way; they take turns, so that a busy machine slows all of them alike."""
-    sampler = importlib.import_module(f"{lab.load_stage().__name__}.sample.sampler")
+    """Median milliseconds of each way; they take turns, so that a busy machine slows all of them alike.
+
+    Not the fastest: most of the work is in large temporaries, and whether their memory is fresh or used is part of it.
+    """
+    sampler = importlib.import_module(f"{lab.load_stage('m0').__name__}.sample.sampler")
     ways = make_ways(sampler, device, num_rows)
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(WARMUP + repeats):

@@ -1,6 +1,7 @@
 """How many requests and tokens a stage finishes in a second when all requests are there from the start.
 
-The script is tests/benchmark/throughput_test.py; its last line before the JSON reads as that of `vllm bench throughput`.
+The script is tests/benchmark/throughput_test.py; before the JSON it prints the line of `vllm bench
+throughput`.
 """
 
 import argparse
@@ -13,7 +14,9 @@ from .workloads import WORKLOADS, Workload
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Requests and tokens a second, with all requests there from the start.")
+    parser = argparse.ArgumentParser(
+        description="Requests and tokens a second, with all requests there from the start."
+    )
     parser.add_argument("--stage", help="m0, m1, … (default: the newest)")
     parser.add_argument("--workload", default="uniform", choices=WORKLOADS, help="default: uniform")
     parser.add_argument("--batch-size", type=int, metavar="N", help="send only the first N requests of the workload")

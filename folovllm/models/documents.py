@@ -77,33 +77,35 @@ SMALL_TALK = (
 )
 
 # Words that users write and stories mostly lack: they get tokens, and the model learns what to say when it meets them.
-OTHER_WORDS = """about above add again against age all almost also always among animal another answer any appear arm
-army ask baby back bank base beauty became because become bed been began begin being believe body both bottom brain bread
-break bridge bright bring brought build built business buy call came cannot capital car care case cause center certain
-change child children choose circle class clear close cold color common company complete computer consider contain
-continue could country course cover cross cry current data decide deep develop did differ difficult direct distance
-does done down draw drive during each early earth east eat effect eight else end energy engine enough equal even event
-every example experience explain face fact fall family far fast father feel few field fight figure final fire fish five
-floor follow food foot force form forward found four free full game gave general get gold govern great green group grow
-half hand happen hard head health hear heart heat heavy help here history hold home hope hour house human hundred idea
-if important inch include increase industry information inside interest into iron island job join just keep king know
-knowledge land language large late laugh law learn least leave left length less letter level life light line list
-listen little local love low machine made main make man many map mark material matter mean measure meet member memory
-might million mind minute model moment money month moon most mountain move much music must name nation natural nature
-near need network never next nothing notice number object ocean of off office often oil once only open order other our
-out over own page paper parent part party pass past pattern pay peace people percent perhaps person picture piece place
-plan plane plant point political poor population position possible power present president press problem process produce
-product program project property public question quick quiet quite race rain raise range rather reach ready real reason
-record remember report represent result rich right road rock round rule same say science second see seem sense sentence
-separate serve service set seven several shape share short should show side simple since single sister size small snow
-social society some song soon sound south space speak special speed spring square stand star start state station stay
-still stone stood street strong student study subject success such suggest sun support sure surface system table take
-talk teach team tell ten test than that their them then there these they thing think third those thousand three through
-time together told tomorrow tonight took top total toward town travel tree trouble true try turn two type under
-understand unit university until upon use usual value very view visit voice wait walk wall want war was watch water wave
-way wear weather week weight well went were west what wheel when where whether which while white whole why wide will
-wind window winter wish with within without woman wonder word work world would write year yes yesterday yet you young
-your anything attention batch between block cache engineer hello please prompt python sequence token vector""".split()
+_WORDS = """about above add again against age all almost also always among animal another answer any appear arm army
+ask baby back bank base beauty became because become bed been began begin being believe body both bottom brain bread
+break bridge bright bring brought build built business buy call came cannot capital car care case cause center
+certain change child children choose circle class clear close cold color common company complete computer consider
+contain continue could country course cover cross cry current data decide deep develop did differ difficult direct
+distance does done down draw drive during each early earth east eat effect eight else end energy engine enough equal
+even event every example experience explain face fact fall family far fast father feel few field fight figure final
+fire fish five floor follow food foot force form forward found four free full game gave general get gold govern great
+green group grow half hand happen hard head health hear heart heat heavy help here history hold home hope hour house
+human hundred idea if important inch include increase industry information inside interest into iron island job join
+just keep king know knowledge land language large late laugh law learn least leave left length less letter level life
+light line list listen little local love low machine made main make man many map mark material matter mean measure
+meet member memory might million mind minute model moment money month moon most mountain move much music must name
+nation natural nature near need network never next nothing notice number object ocean of off office often oil once
+only open order other our out over own page paper parent part party pass past pattern pay peace people percent
+perhaps person picture piece place plan plane plant point political poor population position possible power present
+president press problem process produce product program project property public question quick quiet quite race rain
+raise range rather reach ready real reason record remember report represent result rich right road rock round rule
+same say science second see seem sense sentence separate serve service set seven several shape share short should
+show side simple since single sister size small snow social society some song soon sound south space speak special
+speed spring square stand star start state station stay still stone stood street strong student study subject success
+such suggest sun support sure surface system table take talk teach team tell ten test than that their them then there
+these they thing think third those thousand three through time together told tomorrow tonight took top total toward
+town travel tree trouble true try turn two type under understand unit university until upon use usual value very view
+visit voice wait walk wall want war was watch water wave way wear weather week weight well went were west what wheel
+when where whether which while white whole why wide will wind window winter wish with within without woman wonder
+word work world would write year yes yesterday yet you young your anything attention batch between block cache
+engineer hello please prompt python sequence token vector"""
+OTHER_WORDS = tuple(_WORDS.split())
 STRANGE = (
     "What is {} {}?",
     "How do I {} the {}?",

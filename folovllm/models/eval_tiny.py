@@ -2,7 +2,7 @@
 stop, and come close to the entropy of the grammar that its stories are from?
 
     python -m folovllm.models.eval_tiny --device cuda
-    python -m folovllm.models.eval_tiny --device cpu --stories 12 --questions 12 --books 2
+    python -m folovllm.models.eval_tiny --device cpu --stories 3 --questions 6 --books 1
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folovllm.models.documents import END_OF_TEXT, book_turns
 from folovllm.models.stories import Question, Story, derivations, stories
-from folovllm.models.story_parts import BOYS, GIRLS, PRONOUNS
+from folovllm.models.story_words import BOYS, GIRLS, PRONOUNS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "docs" / "results"
@@ -47,13 +48,18 @@ class Judge:
     """The model, its tokenizer, and batched generation."""
 
     def __init__(self, path: Path, device: str, batch: int) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, padding_side="left")
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        self.model = model.to(device).eval()
         self.device, self.batch = device, batch
         self.enders = set(self.model.generation_config.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, without the tokens that end it."""
+        return str(self.tokenizer.decode([token for token in ids if token not in self.enders]))
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], max_tokens: int, sample: bool = False) -> list[list[int]]:
@@ -62,10 +68,16 @@ class Judge:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
         for first in range(0, len(order), self.batch):
             chosen = order[first : first + self.batch]
-            inputs = self.tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, return_tensors="pt").to(self.device)
+            inputs = self.tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, return_tensors="pt")
             torch.manual_seed(first)
-            chance = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-            output = self.model.generate(**inputs, max_new_tokens=max_tokens, **chance)
+            output = self.model.generate(
+                **inputs.to(self.device),
+                max_new_tokens=max_tokens,
+                do_sample=sample,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+            )
             for i, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((n + 1 for n, token in enumerate(ids) if token in self.enders), len(ids))
                 found[i] = ids[:end]
@@ -100,16 +112,19 @@ def opening(story: Story) -> str:
 
 
 def continue_stories(judge: Judge, told: Sequence[Story], sample: bool) -> dict[str, Any]:
+    """Some training documents ask questions after the story, so a continuation may too; the story ends before them."""
     openings = [opening(story) for story in told]
     outputs = judge.generate([judge.encode(text) for text in openings], max_tokens=1500, sample=sample)
-    texts = [judge.tokenizer.decode([t for t in ids if t not in judge.enders]) for ids in outputs]
+    texts = [judge.decode(ids) for ids in outputs]
+    alone = [text.split("\n\nQuestion:")[0] for text in texts]
+    whole = [start + text for start, text in zip(openings, alone, strict=True)]
     return {
         "stories": len(told),
         "hero_stays": share(hero_stays(story, text) for story, text in zip(told, texts, strict=True)),
         "eos_reached": share(ids[-1] in judge.enders for ids in outputs),
-        f"whole_story_in_the_grammar_of_first_{PARSED}": share(
-            bool(derivations(start + text)) for start, text in list(zip(openings, texts, strict=True))[:PARSED]
-        ),
+        "whole_story_in_the_grammar": share(bool(derivations(text)) for text in whole[:PARSED]),
+        "of_the_first": min(PARSED, len(whole)),
+        "questions_follow": share(text != story for text, story in zip(texts, alone, strict=True)),
         "mean_tokens": sum(map(len, outputs)) / len(outputs),
         "longest": max(map(len, outputs)),
     }
@@ -167,20 +182,21 @@ def from_books(judge: Judge, count: int) -> Iterator[Asked]:
         if length > BOOK_CHARACTERS:
             length -= len(tellers.pop().text)
         asked = book_turns(rng, tellers, 4)
-        book = asked[0][0].removesuffix("\n\n" + asked[0][0].rsplit("\n\n", 1)[1])
-        for words, question, number in asked:
-            words = words.rsplit("\n\n", 1)[-1]
+        book = asked[0][0].rsplit("\n\n", 1)[0]
+        for turn, question, number in asked:
+            words = turn.rsplit("\n\n", 1)[-1]
             prompt = chat_prompt(judge, [said("user", f"{book}\n\n{words}")])
-            start = book.index(tellers[number].text)
-            yield Asked(question.kind, prompt, question.answer, len(prompt) - len(judge.encode(book[: start + question.end])))
+            end = book.index(tellers[number].text) + question.end
+            yield Asked(question.kind, prompt, question.answer, len(prompt) - len(judge.encode(book[:end])))
+
+
+def _is_of(kind: str, asked: Asked) -> bool:
+    return asked.kind == kind
 
 
 def answer_questions(judge: Judge, asked: Sequence[Asked]) -> dict[str, Any]:
     outputs = judge.generate([a.prompt for a in asked], max_tokens=48)
-    right = [
-        judge.tokenizer.decode([t for t in ids if t not in judge.enders]).strip() == a.answer
-        for a, ids in zip(asked, outputs, strict=True)
-    ]
+    right = [judge.decode(ids).strip() == a.answer for a, ids in zip(asked, outputs, strict=True)]
 
     def part(keep: Callable[[Asked], bool]) -> dict[str, Any]:
         results = [ok for ok, a in zip(right, asked, strict=True) if keep(a)]
@@ -192,7 +208,7 @@ def answer_questions(judge: Judge, asked: Sequence[Asked]) -> dict[str, Any]:
         "fact_2000_or_more_tokens_back": part(lambda a: a.distance >= 2000),
         "eos_reached": share(ids[-1] in judge.enders for ids in outputs),
         "longest_prompt": max(len(a.prompt) for a in asked),
-        "by_kind": {kind: part(lambda a, kind=kind: a.kind == kind) for kind in sorted({a.kind for a in asked})},  # type: ignore[misc]
+        "by_kind": {kind: part(partial(_is_of, kind)) for kind in sorted({a.kind for a in asked})},
     }
 
 
@@ -233,7 +249,9 @@ def by_position(judge: Judge, rows: int, width: int = 512) -> dict[str, Any]:
 
 def samples(judge: Judge) -> dict[str, str]:
     """What the model says, greedily and unedited, to prompts that a reader would try."""
-    mia = "Mia had a red kite. Her father had given it to her on a rainy Sunday. One day, Mia took the red kite to the beach."
+    mia = (
+        "Mia had a red kite. Her father had given it to her on a rainy Sunday. One day, Mia took the kite to the beach."
+    )
     prompts = {
         "Once upon a time": judge.encode("Once upon a time"),
         "Mia had a red kite. One day": judge.encode("Mia had a red kite. One day"),
@@ -242,7 +260,7 @@ def samples(judge: Judge) -> dict[str, str]:
     for words in ("Tell me a story about Mia and a red kite.", "Hello!", "Who are you?"):
         prompts[f"{words} (chat)"] = chat_prompt(judge, [said("user", words)])
     outputs = judge.generate(list(prompts.values()), max_tokens=1200)
-    return {title: judge.tokenizer.decode(ids) for title, ids in zip(prompts, outputs, strict=True)}
+    return {title: str(judge.tokenizer.decode(ids)) for title, ids in zip(prompts, outputs, strict=True)}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -261,7 +279,7 @@ def table(report: dict[str, Any]) -> str:
         ("ended by itself (lowest of all parts)", f"{stops:.1%}", ">= 99 %"),
         ("perplexity / grammar's", f"{ppl['model_perplexity']:.4f} / {ppl['grammar_perplexity']:.4f}", ""),
         ("  ratio (in nats)", f"{ppl['perplexity_ratio']:.4f} ({ppl['nats_ratio']:.4f})", "<= 1.10"),
-        ("whole story in the grammar, sampled", f"{sampled[f'whole_story_in_the_grammar_of_first_{PARSED}']:.1%}", ""),
+        ("whole story in the grammar, sampled", f"{sampled['whole_story_in_the_grammar']:.1%}", ""),
     ]
     return "\n".join(f"{what:40s} {figure:>20s}  {target}" for what, figure, target in lines)
 
@@ -284,7 +302,9 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python -m folovllm.models.eval_tiny " + " ".join(sys.argv[1:] if argv is None else argv),
         "date": time.strftime("%Y-%m-%d"),
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "dtype": str(judge.model.dtype),
         "perplexity": perplexity(judge, told),
         "perplexity_by_position": by_position(judge, max(1, args.books // 2)),

@@ -13,25 +13,14 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from string import Formatter
 from typing import NamedTuple
 
-from folovllm.models.story_parts import (
-    BARE_INTRO,
-    ENDING,
-    FRAMES,
-    INTRO,
-    PLOTS,
-    PRONOUNS,
-    TABLES,
-    Fact,
-    Let,
-    Maybe,
-    Part,
-    Say,
-)
+from folovllm.models.story_parts import BARE_INTRO, ENDING, FRAMES, INTRO, Fact, Let, Maybe, Part, Say
+from folovllm.models.story_plots import PLOTS
+from folovllm.models.story_words import PRONOUNS, TABLES
 
 NEVER_TWICE = ("find", "friend", "dish", "skill", "creature")  # else a question without a day could have two answers
 TEST_SHARE = 50  # one story identity in so many is held out
@@ -127,13 +116,13 @@ class Story:
         return int(hashlib.sha256(self.identity.encode()).hexdigest()[:8], 16) % TEST_SHARE == 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pieces(template: str) -> tuple[tuple[str, str | None], ...]:
     """A template as (literal text, slot that follows it or None) pairs."""
     return tuple((literal, slot) for literal, slot, _, _ in Formatter().parse(template))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _falling(count: int) -> tuple[float, ...]:
     """Running sum of the weights 1, 1/2, 1/3, ...: wordings have a clear favourite, so greedy text is stable."""
     return tuple(accumulate(1 / (i + 1) for i in range(count)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .utils.common import check_int, check_option_names
+from .utils.checks import check_int, check_option_names
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .utils.common import check_int, check_option_names, check_real
+from .utils.checks import check_int, check_option_names, check_real
 
-# Temperatures below this divide logits into overflow and mean the same as zero.
+# vLLM's bound: below it the draw is the most likely token.
 GREEDY_TEMPERATURE = 1e-5
 
 

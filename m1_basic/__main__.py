@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: anything that the user can mend.
     """
-    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin]
+    prompts = args.prompts or [prompt for line in sys.stdin if (prompt := line.rstrip("\n"))]
     engine_options = ("dtype", "device", "load_format", "max_model_len", "log_level")
     with LLM(args.model, **{name: getattr(args, name) for name in engine_options}) as llm:
         options = ("temperature", "top_p", "top_k", "stop", "seed", "max_tokens", "ignore_eos")
@@ -66,12 +66,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_stream(outputs: Iterable[RequestOutput]) -> None:
-    current = None
+    """Print text as it comes, one prompt after the other however their outputs are interleaved."""
+    waiting: dict[str, str] = {}  # request id: what is still to be printed, in the order of the prompts
+    finished = set()
     for output in outputs:
-        if output.request_id != current:
-            current = output.request_id
-            print(output.prompt, end="")
-        print(output.delta, end="\n" if output.finished else "", flush=True)
+        waiting[output.request_id] = waiting.get(output.request_id, output.prompt or "") + output.delta
+        if output.finished:
+            finished.add(output.request_id)
+        for request_id, text in list(waiting.items()):
+            print(text, end="\n" if request_id in finished else "", flush=True)
+            waiting[request_id] = ""
+            if request_id not in finished:
+                break
+            del waiting[request_id]
 
 
 def to_dict(output: RequestOutput) -> dict[str, Any]:

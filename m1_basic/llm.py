@@ -7,8 +7,7 @@ This class only adds requests, turns the crank and collects what comes out; `eng
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -54,7 +53,8 @@ class LLM:
         self.tokenizer = self.engine.tokenizer
         self.hf_config = self.engine.hf_config
         self._counter = count()
-        self._deliver: dict[str, Callable[[RequestOutput], None]] = {}  # by request id
+        # By request id: where its outputs go, and whether they are to be kept as they were at their step.
+        self._inboxes: dict[str, tuple[deque[RequestOutput], bool]] = {}
         self._closed = False
 
     @property
@@ -87,17 +87,17 @@ class LLM:
         max_tokens = {request.request_id: request.max_tokens * request.sampling_params.n for request in requests}
         num_tokens = dict.fromkeys(max_tokens, 0)
         outputs = {}
-        with (
-            tqdm(total=sum(max_tokens.values()), desc="Generating", unit="token", disable=not use_tqdm) as bar,
-            closing(self._run(requests)) as run,
-        ):
-            for output in run:
-                request_id, progress = output.request_id, output.metrics.num_output_tokens
-                bar.update(progress - num_tokens[request_id])
-                num_tokens[request_id] = progress
-                if output.finished:
-                    outputs[request_id] = output
-                    bar.total -= max_tokens[request_id] - progress  # it may have ended early
+        try:
+            with tqdm(total=sum(max_tokens.values()), desc="Generating", unit="token", disable=not use_tqdm) as bar:
+                for output in self._run(requests):
+                    request_id, progress = output.request_id, output.metrics.num_output_tokens
+                    bar.update(progress - num_tokens[request_id])
+                    num_tokens[request_id] = progress
+                    if output.finished:
+                        outputs[request_id] = output
+                        bar.total -= max_tokens[request_id] - progress  # it may have ended early
+        finally:
+            self._abort(requests)
         return [outputs[request.request_id] for request in requests]
 
     def stream(
@@ -109,8 +109,11 @@ class LLM:
 
         Leaving the loop early aborts what is unfinished.
         """
-        with closing(self._run(self._add_requests(prompts, sampling_params), RequestOutput.snapshot)) as run:
-            yield from run
+        requests = self._add_requests(prompts, sampling_params)
+        try:
+            yield from self._run(requests, as_snapshots=True)
+        finally:
+            self._abort(requests)
 
     def chat(
         self,
@@ -180,37 +183,31 @@ class LLM:
             raise
         return requests
 
-    def _run(
-        self, requests: list[Request], keep: Callable[[RequestOutput], RequestOutput] = lambda output: output
-    ) -> Generator[RequestOutput, None, None]:
-        """Turn the crank until these requests are finished; whoever leaves earlier, by whatever way, aborts them.
-
-        Args:
-            keep: applied to every output at the step that made it.
-        """
-        mine: deque[RequestOutput] = deque()
-        for request in requests:
-            self._deliver[request.request_id] = lambda output: mine.append(keep(output))
-        unfinished = {request.request_id for request in requests}
-        try:
-            while unfinished:
-                if not mine:
-                    self._step()
-                    continue
-                output = mine.popleft()
+    def _run(self, requests: list[Request], as_snapshots: bool = False) -> Iterator[RequestOutput]:
+        """Turn the crank until these requests are finished."""
+        unfinished = {request.request_id: self.engine.get_output(request.request_id) for request in requests}
+        inbox: deque[RequestOutput] = deque()
+        self._inboxes.update(dict.fromkeys(unfinished, (inbox, as_snapshots)))
+        while unfinished:
+            self._check_open()
+            if not inbox:
+                # Some may have been ended by others: aborted, or stepped to their end through the engine itself.
+                inbox.extend(output for output in unfinished.values() if output.finished)
+            if not inbox:
+                self._step()
+                continue
+            output = inbox.popleft()
+            if output.request_id in unfinished:
                 if output.finished:
-                    unfinished.discard(output.request_id)
+                    del unfinished[output.request_id]
                 yield output
-        finally:
-            self._abort(requests)
 
     def _step(self) -> None:
         """One step of the engine, for all who are waiting: two streams may take turns at the crank."""
-        self._check_open()
         for output in self.engine.step():
-            deliver = self._deliver.get(output.request_id)
-            if deliver is not None:
-                deliver(output)
+            inbox, as_snapshots = self._inboxes.get(output.request_id, (None, False))
+            if inbox is not None:
+                inbox.append(output.snapshot() if as_snapshots else output)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -219,7 +216,7 @@ class LLM:
     def _abort(self, requests: list[Request]) -> None:
         """Forget these requests, finished or not."""
         for request in requests:
-            self._deliver.pop(request.request_id, None)
+            self._inboxes.pop(request.request_id, None)
             self.engine.abort_request(request.request_id)
 
 

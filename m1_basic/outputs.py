@@ -23,10 +23,10 @@ class RequestMetrics:
     """
 
     arrival_time: float
-    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
     num_output_tokens: int = 0
+    first_scheduled_time: float | None = None
     token_times: list[list[float]] = field(default_factory=list)
 
     @property
@@ -82,6 +82,21 @@ class Logprob:
 
 
 @dataclass
+class ModelRunnerOutput:
+    """One step's draws, on the host. Rows are the sequences that ran, in order.
+
+    Attributes:
+        token_ids: a token for each row.
+        logprobs: {row: [(token id, log-probability, rank), …]}, the row's token first, for rows that want them.
+        errors: {row: message} where a request's own logits processor failed; such a row's token means nothing.
+    """
+
+    token_ids: list[int]
+    logprobs: dict[int, list[tuple[int, float, int]]]
+    errors: dict[int, str]
+
+
+@dataclass
 class SequenceOutput:
     """What one step did for one sequence.
 
@@ -103,7 +118,7 @@ class CompletionOutput:
         index: its number within the request.
         text: the decoded output so far, without special tokens and without the token that ended it.
         token_ids: the generated ids so far, including the one that ended it.
-        finish_reason: "stop", "length" or "error"; None while it runs.
+        finish_reason: "stop", "length", "abort" or "error"; None while it runs.
         stop_reason: the stop token or string that ended it, or the message of an error; None for EOS and for length.
         delta: the part of `text` that is new since the last output of a stream.
         cumulative_logprob: sum of the generated tokens' log-probabilities; None unless `logprobs` was asked for.

@@ -70,7 +70,7 @@ class Sequence:
         seed: 64-bit seed of this sequence's draws.
         token_ids: the prompt's ids followed by the generated ones.
         num_computed_tokens: tokens whose keys and values are in the cache.
-        stop_reason: the stop token or string that ended it, or the message of an error; None for EOS and for length.
+        stop_reason: the stop token that ended it, or the message of an error; None for EOS and for length.
     """
 
     seq_id: str

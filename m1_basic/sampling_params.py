@@ -9,19 +9,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .utils.checks import check_int, check_option_names, check_real
 
-from .utils.common import check_int, check_option_names, check_real
+if TYPE_CHECKING:
+    import torch
 
-# Temperatures below this divide logits into overflow and mean the same as zero.
+# vLLM's bound: below it the draw is the most likely token.
 GREEDY_TEMPERATURE = 1e-5
 
+# vLLM's bounds.
 MAX_LOGPROBS = 20
+MAX_N = 16_384
 
 # (token ids of prompt and output so far, logits [vocab_size]) -> logits [vocab_size]
-LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
+LogitsProcessor = Callable[[list[int], "torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class SamplingParams:
         logit_bias: {token id: what to add to its logit}, each within [-100, 100].
         skip_special_tokens: leave special tokens out of `text`.
         include_stop_str_in_output: keep the stop string, or stop token, in `text`.
-        logits_processors: functions (token_ids, logits) -> logits, applied in order before the temperature.
+        logits_processors: functions (token ids of prompt and output, logits) -> logits, applied before the temperature.
 
     Raises:
         TypeError: an unknown parameter.
@@ -95,12 +98,14 @@ class SamplingParams:
 
     def _check_ranges(self) -> None:
         check_int("n", self.n, 1)
+        if self.n > MAX_N:
+            raise ValueError(f"n must be at most {MAX_N}, got {self.n}")
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n must be 1 when sampling is greedy (all {self.n} would be the same); raise temperature")
         check_real("presence_penalty", self.presence_penalty, -2, 2)
         check_real("frequency_penalty", self.frequency_penalty, -2, 2)
-        check_real("repetition_penalty", self.repetition_penalty, sys.float_info.min, sys.float_info.max)
-        check_real("top_p", self.top_p, sys.float_info.min, 1)
+        check_real("repetition_penalty", self.repetition_penalty, 0, sys.float_info.max, low_is_open=True)
+        check_real("top_p", self.top_p, 0, 1, low_is_open=True)
         check_int("top_k", self.top_k, -1)
         check_real("min_p", self.min_p, 0, 1)
         if self.logprobs is not None:

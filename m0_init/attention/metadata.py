@@ -6,9 +6,7 @@ beside them, explicitly, down to the attention layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -26,15 +24,3 @@ class AttentionMetadata:
     seq_lens: torch.Tensor
     max_query_len: int
     max_seq_len: int
-
-    @classmethod
-    def from_lens(
-        cls, query_lens: Sequence[int], seq_lens: Sequence[int], device: torch.device | str
-    ) -> AttentionMetadata:
-        """Metadata of N sequences that bring `query_lens` tokens each and then hold `seq_lens`."""
-        return cls(
-            query_start_loc=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=device),
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
-            max_query_len=max(query_lens),
-            max_seq_len=max(seq_lens),
-        )

@@ -1,28 +1,17 @@
-"""What every part of the engine needs and none owns: logging, the choice of device and dtype, checked option names.
+"""What every part of the engine needs and none owns: logging, and the choice of device, dtype and length.
 
 Nothing here knows about models or requests, so every other module may import it.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import sys
-from collections.abc import Iterable
 
 import torch
 from transformers import PretrainedConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# What other engines call the same thing.
-_ALIASES = {
-    "max_batch_size": "max_num_seqs",
-    "kvcache_block_size": "block_size",
-    "num_kvcache_blocks": "num_kv_blocks",
-    "max_new_tokens": "max_tokens",
-    "eos_token_id": "stop_token_ids",
-}
 
 
 def configure_logging(level: str) -> None:
@@ -84,32 +73,3 @@ def resolve_max_model_len(asked: int | None, hf_config: PretrainedConfig) -> int
     if asked is not None and asked > limit:
         raise ValueError(f"max_model_len={asked} is more than the model's {limit} positions; lower it")
     return asked or limit
-
-
-def check_option_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse an option that `owner` does not have, and name the one that was probably meant.
-
-    Raises:
-        TypeError: as Python itself would raise for an unexpected keyword.
-    """
-    known = sorted(known)
-    for name in given:
-        if name in known:
-            continue
-        guess = _ALIASES.get(name)
-        if guess not in known:
-            guess = next(iter(difflib.get_close_matches(name, known, n=1)), None)
-        hint = f"did you mean {guess}?" if guess else f"it has: {', '.join(known)}"
-        raise TypeError(f"{owner} has no option {name!r}; {hint}")
-
-
-def check_int(name: str, value: object, low: int) -> None:
-    """Raises ValueError unless `value` is an integer of at least `low`."""
-    if not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-
-
-def check_real(name: str, value: object, low: float, high: float) -> None:
-    """Raises ValueError unless `value` is a number in [low, high]; NaN is not."""
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")

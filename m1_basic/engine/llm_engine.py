@@ -11,9 +11,8 @@ from collections import deque
 from ..config import EngineConfig
 from ..metrics.stats import EngineStats
 from ..model_executor.model_loader import load_generation_config, load_hf_config, load_tokenizer, resolve_model
-from ..outputs import RequestOutput, SequenceOutput
+from ..outputs import ModelRunnerOutput, RequestOutput, SequenceOutput
 from ..request import Request, Sequence, SequenceStatus, check_stop
-from ..sample.sampler import SamplerOutput
 from ..sampling_params import SamplingParams
 from ..worker.gpu_worker import GPUWorker
 from .processor import InputProcessor, OutputProcessor, Prompt
@@ -55,6 +54,10 @@ class LLMEngine:
         self._queue.extend(seqs)
         return seqs[0].request
 
+    def get_output(self, request_id: str) -> RequestOutput:
+        """The output of an unfinished request as far as it has come; it goes on growing. KeyError for any other."""
+        return self.output_processor.get_output(request_id)
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._queue)
 
@@ -64,12 +67,11 @@ class LLMEngine:
             self.finish_sequence(seq.seq_id, SequenceStatus.FINISHED_ABORTED)
 
     def finish_sequence(self, seq_id: str, status: SequenceStatus) -> None:
-        """End one sequence; its request ends with the last of them."""
-        seq = next(seq for seq in self._queue if seq.seq_id == seq_id)
-        seq.status = status
-        self._queue.remove(seq)
-        if all(other.request_id != seq.request_id for other in self._queue):
-            self.output_processor.remove_request(seq.request_id)
+        """End one sequence, and with the last of them its request; one that is unknown or finished is ignored."""
+        for seq in [seq for seq in self._queue if seq.seq_id == seq_id]:
+            seq.status = status
+            self._queue.remove(seq)
+            self.output_processor.finish_sequence(seq)
 
     def step(self) -> list[RequestOutput]:
         """Give the sequence in hand one more token: the first takes its whole prompt, every other one token.
@@ -82,19 +84,20 @@ class LLMEngine:
         started = time.perf_counter()
         seq = self._queue[0]
         seq.status = SequenceStatus.RUNNING
-        num_tokens = seq.num_tokens - seq.num_computed_tokens
+        first, last = seq.num_computed_tokens, seq.num_tokens
         sampled = self.worker.model_runner.execute_model(seq)
+        seq.num_computed_tokens = last
         seq_outputs = [self._update_from_output(seq, sampled)]
         outputs, stopped = self.output_processor.process_outputs(seq_outputs, started)
         if seq.is_finished or stopped:
             self.finish_sequence(seq.seq_id, seq.status if seq.is_finished else SequenceStatus.FINISHED_STOPPED)
         self.stats.record(
-            phase="prefill" if num_tokens == seq.num_computed_tokens else "decode",
+            phase="decode" if first else "prefill",
             seq_ids=(seq.seq_id,),
-            num_tokens=num_tokens,
+            num_tokens=last - first,
             start=started,
-            kv_slots_used=seq.num_computed_tokens,
-            kv_slots=self.worker.max_model_len,
+            kv_slots_used=last,
+            kv_slots=self.worker.num_slots,
         )
         return outputs
 
@@ -104,11 +107,11 @@ class LLMEngine:
             self.finish_sequence(seq.seq_id, SequenceStatus.FINISHED_ABORTED)
         self.worker.close()
 
-    def _update_from_output(self, seq: Sequence, sampled: SamplerOutput) -> SequenceOutput:
+    def _update_from_output(self, seq: Sequence, sampled: ModelRunnerOutput) -> SequenceOutput:
         """Append the new token and see whether it was the last."""
         if sampled.errors:
             seq.status, seq.stop_reason = SequenceStatus.FINISHED_ERROR, sampled.errors[0]
         else:
             seq.token_ids.append(sampled.token_ids[0])
             check_stop(seq)
-        return SequenceOutput(seq, sampled.token_ids[0], sampled.logprobs[0] if sampled.logprobs else None)
+        return SequenceOutput(seq, sampled.token_ids[0], sampled.logprobs.get(0))

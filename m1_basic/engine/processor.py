@@ -1,6 +1,7 @@
 """The two ends of the engine: what users give becomes Requests and Sequences, and tokens become text.
 
-Whatever needs the tokenizer is here; between the two ends there are only token ids.
+Whatever can be wrong with a prompt or its parameters is found here, before anything runs. Whatever needs the tokenizer
+is here; between the two ends there are only token ids.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class InputProcessor:
                 f"the prompt has {len(token_ids)} tokens and max_model_len is {self.max_model_len}: shorten it to at "
                 f"most {self.max_model_len - 1}, or raise max_model_len"
             )
+        number = next(self._counter)
         request = Request(
             request_id=request_id,
             prompt=text,
@@ -75,7 +77,7 @@ class InputProcessor:
             eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
             arrival_time=arrival_time,
         )
-        seed = derive_seed(self.seed, next(self._counter)) if params.seed is None else params.seed
+        seed = derive_seed(self.seed, number) if params.seed is None else params.seed
         return [Sequence(f"{request_id}-{i}", request, i, _wrap_int64(seed + i)) for i in range(params.n)]
 
     def default_sampling_params(self) -> SamplingParams:
@@ -166,11 +168,21 @@ class OutputProcessor:
             metrics=RequestMetrics(request.arrival_time, token_times=[[] for _ in seqs]),
         )
 
-    def remove_request(self, request_id: str) -> None:
-        """Forget a request that is finished or was aborted."""
-        output = self._outputs.pop(request_id)
-        for completion in output.outputs:
-            del self._states[request_id, completion.index]
+    def get_output(self, request_id: str) -> RequestOutput:
+        """The output of an unfinished request, which goes on growing. Raises KeyError for any other."""
+        return self._outputs[request_id]
+
+    def finish_sequence(self, seq: Sequence) -> None:
+        """`seq` has ended, perhaps without a last token; its request is forgotten with the last of its sequences."""
+        output = self._outputs[seq.request_id]
+        completion = output.outputs[seq.index]
+        if completion.finish_reason is None:
+            completion.finish_reason, completion.stop_reason = seq.status.finish_reason, seq.stop_reason
+            self._states[seq.request_id, seq.index].show()
+        del self._states[seq.request_id, seq.index]
+        output.finished = all(completion.finish_reason for completion in output.outputs)
+        if output.finished:
+            del self._outputs[seq.request_id]
 
     def process_outputs(
         self, seq_outputs: list[SequenceOutput], started: float

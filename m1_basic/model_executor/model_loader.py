@@ -29,7 +29,7 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merge
 _HUB_IGNORE = ["*/*"]
 
 
-def resolve_model(model: str | None, revision: str | None = None) -> Path:
+def resolve_model(model: str | Path | None, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `model` itself, or where the hub's `model` was downloaded to.
 
     Raises:
@@ -37,6 +37,7 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
     """
     if model is None:
         raise ValueError("no model was named: give LLM(model=...) a folder or a hub id")
+    model = str(model)
     if os.path.isdir(model):
         return Path(model)
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
@@ -105,6 +106,8 @@ def load_model(
     Raises:
         ValueError: the config asks for something unsupported, or the tensors are not the model's.
     """
+    if getattr(hf_config, "quantization_config", None):
+        raise ValueError(f"the checkpoint in {folder} is quantised, which is not supported; use the original one")
     model_class = get_model_class(hf_config.architectures)
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -189,14 +192,14 @@ def _is_ignorable(name: str, model: LlamaForCausalLM) -> bool:
 
 
 def initialize_dummy_weights(model: nn.Module, seed: int) -> None:
-    """Seeded random weights of ordinary size: matrices N(0, 0.02), vectors (norms, biases) one."""
-    for param in model.parameters():
+    """Seeded random weights of ordinary size: matrices N(0, 0.02), norms one, biases zero."""
+    for name, param in model.named_parameters():
         generator = torch.Generator(param.device).manual_seed(seed)
         seed += 1
         if param.dim() > 1:
             param.normal_(0.0, 0.02, generator=generator)
         else:
-            param.fill_(1.0)
+            param.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -6,19 +6,21 @@ token. The same request therefore draws the same tokens whoever shares its batch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from ..request import Sequence
-from .logits_processor import apply_logit_bias, apply_logits_processors, apply_min_tokens
-from .ops.penalties import apply_penalties, count_tokens
+from ..sampling_params import SamplingParams
+from .logits_processor import Rows, apply_logit_bias, apply_logits_processors, apply_min_tokens
+from .ops.penalties import apply_penalties
 from .ops.topk_topp import apply_min_p, apply_top_k_top_p
 
 
 @dataclass
 class SamplingMetadata:
-    """Sampling parameters of N rows, as tensors. What no row uses is None and costs nothing.
+    """Sampling parameters of N rows, as tensors. What no row uses is None or empty, and costs nothing.
 
     Attributes:
         temperature: float32 [N]; rows that are greedy hold 0.
@@ -27,9 +29,7 @@ class SamplingMetadata:
         all_greedy: no row needs a draw.
         top_k: int64 [N] in [1, V].
         top_p, min_p: float32 [N].
-        penalties: float32 [3, N]: presence, frequency, repetition.
-        num_logprobs: the most that any row wants.
-        seqs: the sequences themselves, for what depends on their history.
+        logit_bias, min_tokens, penalties, logits_processors, logprobs: (row, sequence) of the rows that use it.
     """
 
     temperature: torch.Tensor
@@ -39,21 +39,24 @@ class SamplingMetadata:
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
     min_p: torch.Tensor | None
-    penalties: torch.Tensor | None
-    num_logprobs: int | None
-    seqs: list[Sequence]
+    logit_bias: Rows
+    min_tokens: Rows
+    penalties: Rows
+    logits_processors: Rows
+    logprobs: Rows
 
     @classmethod
     def from_sequences(cls, seqs: list[Sequence], vocab_size: int, device: torch.device) -> SamplingMetadata:
         """What the next token of each of `seqs` is drawn with."""
         params = [seq.request.sampling_params for seq in seqs]
+        top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
 
         def column(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, device=device)
 
-        top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-        penalties = [[p.presence_penalty, p.frequency_penalty, p.repetition_penalty] for p in params]
-        wanted = [vocab_size if p.logprobs == -1 else p.logprobs for p in params if p.logprobs is not None]
+        def rows(uses: Callable[[SamplingParams], bool]) -> Rows:
+            return [(row, seq) for row, seq in enumerate(seqs) if uses(seq.request.sampling_params)]
+
         return cls(
             temperature=column([0.0 if p.is_greedy else p.temperature for p in params]),
             seeds=torch.tensor([seq.seed for seq in seqs], dtype=torch.int64, device=device),
@@ -62,22 +65,24 @@ class SamplingMetadata:
             top_k=torch.tensor(top_k, device=device) if min(top_k) < vocab_size else None,
             top_p=column([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None,
             min_p=column([p.min_p for p in params]) if any(p.min_p > 0 for p in params) else None,
-            penalties=torch.tensor(penalties, device=device).T if any(p.has_penalties for p in params) else None,
-            num_logprobs=max(wanted, default=None),
-            seqs=seqs,
+            logit_bias=rows(lambda p: bool(p.logit_bias)),
+            min_tokens=rows(lambda p: p.min_tokens > 0),
+            penalties=rows(lambda p: p.has_penalties),
+            logits_processors=rows(lambda p: bool(p.logits_processors)),
+            logprobs=rows(lambda p: p.logprobs is not None),
         )
 
 
 @dataclass
 class SamplerOutput:
     """Attributes:
-    token_ids: the N tokens.
-    logprobs: for each row [(token id, log-probability, rank)], the chosen token first; None if nobody asked.
+    token_ids: int64 [N].
+    logprobs: of the rows that asked for them.
     errors: {row: message} where a request's own logits processor failed; such a row's token means nothing.
     """
 
-    token_ids: list[int]
-    logprobs: list[list[tuple[int, float, int]]] | None = None
+    token_ids: torch.Tensor
+    logprobs: LogprobsTensors | None = None
     errors: dict[int, str] = field(default_factory=dict)
 
 
@@ -87,17 +92,20 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """logits [N, V] of any float dtype -> a token for each row. The logits may be overwritten."""
         logits = logits.float()
-        logprobs = None if metadata.num_logprobs is None else logits.log_softmax(dim=-1)  # of the unmodified logits
-        apply_logit_bias(logits, metadata.seqs)
-        apply_min_tokens(logits, metadata.seqs)
-        if metadata.penalties is not None:
-            histories = [(seq.request.prompt_token_ids, seq.output_token_ids) for seq in metadata.seqs]
-            counts = [count_tokens(list(ids), logits.shape[-1], logits.device) for ids in zip(*histories, strict=True)]
-            logits = apply_penalties(logits, counts[0], counts[1], *metadata.penalties)
-        errors = apply_logits_processors(logits, metadata.seqs)
+        asked = [row for row, _ in metadata.logprobs]
+        logprobs = logits[asked].log_softmax(dim=-1) if asked else None  # of the unmodified logits
+        apply_logit_bias(logits, metadata.logit_bias)
+        apply_min_tokens(logits, metadata.min_tokens)
+        if metadata.penalties:
+            penalised = [row for row, _ in metadata.penalties]
+            logits[penalised] = apply_penalties(logits[penalised], [seq for _, seq in metadata.penalties])
+        errors = apply_logits_processors(logits, metadata.logits_processors)
         token_ids = self.sample(logits, metadata)
-        rows = None if logprobs is None else gather_logprobs(logprobs, token_ids, metadata.num_logprobs or 0)
-        return SamplerOutput(token_ids.tolist(), rows, errors)
+        if logprobs is None:
+            return SamplerOutput(token_ids, None, errors)
+        wanted = [seq.request.sampling_params.logprobs or 0 for _, seq in metadata.logprobs]
+        num_logprobs = logits.shape[-1] if -1 in wanted else max(wanted)
+        return SamplerOutput(token_ids, gather_logprobs(logprobs, asked, token_ids[asked], num_logprobs), errors)
 
     def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
         """Penalised logits float32 [N, V] -> token ids int64 [N]."""
@@ -114,23 +122,42 @@ class Sampler:
         return torch.where(is_greedy, greedy, drawn)
 
 
-def gather_logprobs(
-    logprobs: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int
-) -> list[list[tuple[int, float, int]]]:
-    """For every row (token id, log-probability, rank from 1): the chosen token, then the most likely ones.
+@dataclass
+class LogprobsTensors:
+    """Log-probabilities of M rows: the chosen token first, then the K most likely ones.
 
-    Args:
-        logprobs: float32 [N, V].
-        token_ids: int64 [N].
+    Attributes:
+        rows: of the batch, in order.
+        token_ids: int64 [M, 1 + K].
+        logprobs: float32 [M, 1 + K].
+        ranks: int64 [M], of the chosen tokens, from 1.
     """
-    chosen = logprobs.gather(-1, token_ids[:, None])  # [N, 1]
-    chosen_ranks = (logprobs >= chosen).sum(dim=-1)
+
+    rows: list[int]
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
+
+    def tolists(self) -> dict[int, list[tuple[int, float, int]]]:
+        """{row: [(token id, log-probability, rank), …]}."""
+        columns = zip(self.rows, self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist(), strict=True)
+        return {
+            row: list(zip(ids, values, [rank, *range(1, len(ids))], strict=True)) for row, ids, values, rank in columns
+        }
+
+
+def gather_logprobs(
+    logprobs: torch.Tensor, rows: list[int], token_ids: torch.Tensor, num_logprobs: int
+) -> LogprobsTensors:
+    """What to report of logprobs, float32 [M, V], where `token_ids`, int64 [M], were chosen."""
+    chosen = logprobs.gather(-1, token_ids[:, None])  # [M, 1]
     top_values, top_ids = logprobs.topk(num_logprobs, dim=-1)
-    columns = (token_ids, chosen.squeeze(-1), chosen_ranks, top_ids, top_values)
-    return [
-        [(token_id, value, rank), *zip(ids, values, range(1, num_logprobs + 1), strict=True)]
-        for token_id, value, rank, ids, values in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    return LogprobsTensors(
+        rows=rows,
+        token_ids=torch.cat([token_ids[:, None], top_ids], dim=-1),
+        logprobs=torch.cat([chosen, top_values], dim=-1),
+        ranks=(logprobs >= chosen).sum(dim=-1),
+    )
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

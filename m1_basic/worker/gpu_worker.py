@@ -53,44 +53,51 @@ class GPUWorker:
         )
         layers = [module for module in model.modules() if isinstance(module, Attention)]
         self.max_model_len = self._fit_max_model_len(config, hf_config, kv_bytes_per_token(layers, self.dtype))
-        self._initialize_kv_cache(layers, num_slots=self.max_model_len)
+        self.num_slots = self.max_model_len  # one row, and so one block, is the whole cache
+        self._initialize_kv_cache(layers)
         self.config = replace(
             config,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             max_model_len=self.max_model_len,
         )
-        self.model_runner = ModelRunner(model, block_size=self.max_model_len, device=self.device)
+        self.model_runner = ModelRunner(model, self.num_slots, self.device)
 
     def _fit_max_model_len(self, config: EngineConfig, hf_config: PretrainedConfig, bytes_per_token: int) -> int:
         """The longest sequence whose keys and values fit in memory, up to what was asked for."""
         max_model_len = resolve_max_model_len(config.max_model_len, hf_config)
         available = available_memory(self.device)
         budget = config.kv_cache_memory_bytes or default_cache_memory(self.device, available)
-        if config.max_model_len is None:
-            fits = min(max_model_len, budget // bytes_per_token)
-            if fits < 2:
-                raise ValueError(f"no memory for a KV cache: a token takes {bytes_per_token:,} bytes of {budget:,}")
-            if fits < max_model_len:
-                logger.info("max_model_len lowered from %s to %s to fit in memory", f"{max_model_len:,}", f"{fits:,}")
-            return fits
-        limit = config.kv_cache_memory_bytes or available
-        needed = max_model_len * bytes_per_token
-        if needed > limit:
+        if budget > available:
             raise ValueError(
-                f"max_model_len={max_model_len} needs {needed / 2**20:,.1f} MiB of KV cache and there are "
-                f"{limit / 2**20:,.1f} MiB: lower it to at most {limit // bytes_per_token}"
+                f"kv_cache_memory_bytes={budget} is more than the {available} bytes that are free on {self.device}: "
+                "lower it"
             )
-        return max_model_len
+        if config.max_model_len is not None and config.kv_cache_memory_bytes is None:
+            budget = available  # what was asked for may take more than we would take ourselves
+        fits = budget // bytes_per_token
+        if fits < 2:
+            raise ValueError(
+                f"no memory for a KV cache: a token takes {bytes_per_token} bytes, and there are {budget}; raise "
+                "kv_cache_memory_bytes, or free memory"
+            )
+        if config.max_model_len is not None and fits < max_model_len:
+            raise ValueError(
+                f"max_model_len={max_model_len} needs {max_model_len * bytes_per_token} bytes of KV cache, and there "
+                f"are {budget}: lower it to at most {fits}, or raise kv_cache_memory_bytes"
+            )
+        if fits < max_model_len:
+            logger.info("max_model_len lowered from %s to %s to fit in memory", f"{max_model_len:,}", f"{fits:,}")
+        return min(max_model_len, fits)
 
-    def _initialize_kv_cache(self, layers: list[Attention], num_slots: int) -> None:
+    def _initialize_kv_cache(self, layers: list[Attention]) -> None:
         """Give every attention layer its slots, and one more that takes what nobody reads."""
         for layer in layers:
-            shape = (num_slots + 1, layer.num_kv_heads, layer.head_dim)
+            shape = (self.num_slots + 1, layer.num_kv_heads, layer.head_dim)
             layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
             layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        total = num_slots * kv_bytes_per_token(layers, self.dtype)
-        logger.info("KV cache: %s slots × %d layers = %.0f MiB", f"{num_slots:,}", len(layers), total / 2**20)
+        total = self.num_slots * kv_bytes_per_token(layers, self.dtype)
+        logger.info("KV cache: %s slots × %d layers = %.0f MiB", f"{self.num_slots:,}", len(layers), total / 2**20)
 
     def close(self) -> None:
         """Drop model and cache and give the memory back."""

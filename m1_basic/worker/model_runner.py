@@ -7,8 +7,9 @@ import torch
 from ..attention.metadata import AttentionMetadata
 from ..attention.ops import compute_slot_mapping
 from ..model_executor.models.llama import LlamaForCausalLM
+from ..outputs import ModelRunnerOutput
 from ..request import Sequence
-from ..sample.sampler import Sampler, SamplerOutput, SamplingMetadata
+from ..sample.sampler import Sampler, SamplingMetadata
 
 
 class ModelRunner:
@@ -28,18 +29,18 @@ class ModelRunner:
         self.block_table = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
-    def execute_model(self, seq: Sequence) -> SamplerOutput:
+    def execute_model(self, seq: Sequence) -> ModelRunnerOutput:
         """Compute what is left of `seq` (all of the prompt, later one token) and draw its next token."""
         input_ids, positions, metadata = self._prepare_inputs(seq)
         hidden = self.model(input_ids, positions, metadata)
         logits = self.model.compute_logits(hidden[-1:])
         sampled = self.sampler(logits, SamplingMetadata.from_sequences([seq], logits.shape[-1], self.device))
-        seq.num_computed_tokens = seq.num_tokens  # last: a step that fails can be taken again
-        return sampled
+        logprobs = sampled.logprobs.tolists() if sampled.logprobs else {}
+        return ModelRunnerOutput(sampled.token_ids.tolist(), logprobs, sampled.errors)
 
     def _prepare_inputs(self, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
         start, end = seq.num_computed_tokens, seq.num_tokens
-        input_ids = torch.tensor(seq.token_ids[start:], device=self.device)
+        input_ids = torch.tensor(seq.token_ids[start:end], device=self.device)
         positions = torch.arange(start, end, device=self.device)
         metadata = AttentionMetadata(
             query_start_loc=torch.tensor([0, end - start], dtype=torch.int32, device=self.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -187,12 +188,22 @@ def test_naive_attention_in_half_precision(stage: ModuleType) -> None:
     torch.testing.assert_close(ours.float(), exact, atol=3e-2, rtol=3e-2)
 
 
+def flat_metadata(stage: ModuleType, lens: list[int]) -> Any:
+    """Sequences of these lengths, all of them new, one after the other."""
+    return submodule(stage, "attention.metadata").AttentionMetadata(
+        query_start_loc=torch.tensor([0, *accumulate(lens)], dtype=torch.int32),
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        max_query_len=max(lens),
+        max_seq_len=max(lens),
+    )
+
+
 @pytest.mark.until("m0")
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5))
 def test_flat_sequences_do_not_see_each_other(stage: ModuleType, lengths: list[int]) -> None:
     total = sum(lengths)
     q, k, v = randn(total, 4, 8), randn(total, 2, 8, seed=1), randn(total, 2, 8, seed=2)
-    metadata = submodule(stage, "attention.metadata").AttentionMetadata.from_lens(lengths, lengths, "cpu")
+    metadata = flat_metadata(stage, lengths)
     together = submodule(stage, "attention.backends.torch_naive").naive_attention(q, k, v, metadata, 0.3)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     alone = torch.cat([reference_attention(*part, scale=0.3) for part in parts])
@@ -237,14 +248,13 @@ def test_linear_takes_only_the_right_shape(stage: ModuleType) -> None:
 @pytest.mark.parametrize("checkpoint", SPECS)
 def test_several_sequences_in_one_forward(stage: ModuleType, make_llm: MakeLLM, checkpoint: str) -> None:
     llm = make_llm(checkpoint)
-    metadata_class = submodule(stage, "attention.metadata").AttentionMetadata
 
     @torch.inference_mode()
     def logits(sequences: list[list[int]]) -> torch.Tensor:
         lens = [len(sequence) for sequence in sequences]
         input_ids = torch.tensor([token for sequence in sequences for token in sequence])
         positions = torch.cat([torch.arange(length) for length in lens])
-        return llm.model.compute_logits(llm.model(input_ids, positions, metadata_class.from_lens(lens, lens, "cpu")))
+        return llm.model.compute_logits(llm.model(input_ids, positions, flat_metadata(stage, lens)))
 
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in (1, 17, 300, 2)]

@@ -32,8 +32,8 @@ def sample(
         "positions": torch.tensor(at, dtype=torch.int64),
         "all_greedy": all(value == 0 for value in temperature),
     }
-    names = [field.name for field in fields(sampler.SamplingMetadata)]
-    unused: dict[str, Any] = {name: [] if name == "seqs" else None for name in names if name not in given}
+    others = [field for field in fields(sampler.SamplingMetadata) if field.name not in given]
+    unused: dict[str, Any] = {field.name: [] if field.type == "Rows" else None for field in others}
     output = sampler.Sampler()(logits.clone(), sampler.SamplingMetadata(**given, **unused))
     return list(map(int, getattr(output, "token_ids", output)))
 

@@ -25,9 +25,10 @@ INF = math.inf
 SIZE = 48
 NUM_DRAWS = 6000
 
-tokens = st.lists(st.integers(0, SIZE - 1), max_size=12)
+few_tokens = st.integers(0, 9)  # so that they meet
+tokens = st.lists(few_tokens, max_size=12)
 logits_seeds = st.integers(0, 10_000)
-biases = st.dictionaries(st.integers(0, SIZE - 1), st.floats(-5, 5), max_size=4)
+biases = st.dictionaries(few_tokens, st.floats(-5, 5), max_size=4)
 temperatures = st.sampled_from([0.3, 0.7, 1.0, 1.3, 2.0])
 rows_of_cuts = st.fixed_dictionaries({"temperature": temperatures}, optional=strategies.cuts())
 rows_of_anything = st.fixed_dictionaries(
@@ -113,9 +114,9 @@ def test_what_is_left(stage: ModuleType, arguments: dict[str, Any], seed: int, s
     logits = random_logits(seed, size=size)
     left = set(kept(stage, logits, [arguments])[0].nonzero().flatten().tolist())
     assert int(logits.argmax()) in left
-    laws = possible_laws(logits[0].tolist(), stage.SamplingParams(**arguments), 1e-6, 1e-6)
+    laws = possible_laws(logits[0].tolist(), stage.SamplingParams(**arguments), 1e-6, 1e-5)
     assert left in [set(law) for law in laws]
-    assert len(laws) < 5 or arguments.get("top_p", 1) > 0.999  # no anything-goes; only the tail is too fine to tell
+    assert len(laws) < 8 or arguments.get("top_p", 1) > 0.99  # not anything goes; only a long tail is too fine to tell
 
 
 @pytest.mark.parametrize(
@@ -392,8 +393,20 @@ def test_a_processor_cannot_reach_its_neighbours(stage: ModuleType) -> None:
     logits = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
     assert sample_rows(stage, logits, rows).token_ids == [1, 2]
     seq = make_sequence(stage, Row({"logits_processors": [vandal]}, [4, 5], [6]))
-    submodule(stage, "sample.logits_processor").apply_logits_processors(logits, [seq])
+    submodule(stage, "sample.logits_processor").apply_logits_processors(logits, [(0, seq)])
     assert seq.token_ids == [4, 5, 6]
+
+
+def test_what_a_processor_was_given_stays_as_it_was(stage: ModuleType) -> None:
+    """It may keep the tensor, to look at it later."""
+    kept: list[torch.Tensor] = []
+
+    def collector(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        kept.append(logits)
+        return logits + 1
+
+    sample_rows(stage, torch.zeros(1, 3), [Row({"logits_processors": [collector, collector]})])
+    assert [row.tolist() for row in kept] == [[0.0] * 3, [1.0] * 3]
 
 
 def raises(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -437,7 +450,10 @@ def test_logprobs_are_those_of_the_untouched_logits(stage: ModuleType, seed: int
         assert output.logprobs is None
         return
     expected = logits.double().log_softmax(-1)
+    assert set(output.logprobs) == {row for row, count in enumerate(counts) if count is not None}
     for row, count in enumerate(counts):
+        if count is None:
+            continue
         entries = output.logprobs[row]
         assert entries[0][0] == output.token_ids[row]
         assert len(entries) >= 1 + (SIZE if count == -1 else count or 0)

@@ -38,6 +38,7 @@ class LlamaAttention(nn.Module):
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         self.qkv_proj = MergedLinear(config.hidden_size, [q_size, kv_size, kv_size], bias=qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, bias=o_bias)
+        # Registered here before `Attention` has them too, so that their names are the checkpoint's.
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
         self.attn = Attention(num_heads, num_kv_heads, head_dim, rotary_emb, self.q_norm, self.k_norm)
@@ -140,11 +141,9 @@ def check_config(config: PretrainedConfig) -> None:
     """Refuse, by name, what would otherwise run and give wrong tokens.
 
     Raises:
-        ValueError: an activation, attention pattern or quantisation that is not implemented.
+        ValueError: an activation or attention pattern that is not implemented.
     """
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; supported is 'silu'")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
         raise ValueError("sliding-window attention is not supported; set use_sliding_window to false in config.json")
-    if getattr(config, "quantization_config", None):
-        raise ValueError("the checkpoint is quantised, which is not supported; use the original one")

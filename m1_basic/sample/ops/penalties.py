@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import torch
 
+from ...request import Sequence
 
-def apply_penalties(
-    logits: torch.Tensor,
-    prompt_counts: torch.Tensor,
-    output_counts: torch.Tensor,
-    presence: torch.Tensor,
-    frequency: torch.Tensor,
-    repetition: torch.Tensor,
-) -> torch.Tensor:
-    """Returns penalised logits.
 
-    Args:
-        logits: float32 [N, V].
-        prompt_counts, output_counts: [N, V], how often each token occurs.
-        presence, frequency, repetition: float32 [N].
-    """
-    factor = torch.where((prompt_counts + output_counts) > 0, repetition[:, None], 1.0)
+def apply_penalties(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
+    """logits float32 [N, V] of these sequences -> penalised logits."""
+    params = [seq.request.sampling_params for seq in seqs]
+    columns = [(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for p in params]
+    presence, frequency, repetition = torch.tensor(columns, device=logits.device).T.unsqueeze(-1)  # each [N, 1]
+    prompt_counts = count_tokens([seq.request.prompt_token_ids for seq in seqs], logits.shape[-1], logits.device)
+    output_counts = count_tokens([seq.output_token_ids for seq in seqs], logits.shape[-1], logits.device)
+    factor = torch.where(prompt_counts + output_counts > 0, repetition, 1.0)
     logits = torch.where(logits > 0, logits / factor, logits * factor)
-    return logits - frequency[:, None] * output_counts - presence[:, None] * (output_counts > 0)
+    return logits - frequency * output_counts - presence * (output_counts > 0)
 
 
 def count_tokens(token_ids: list[list[int]], vocab_size: int, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,14 @@
+"""Stages side by side: `python tests/benchmark/compare.py --help`.
+
+A script, not a test; the work is in folovllm/bench/compare.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also without an install
+
+from folovllm.bench.compare import main
+
+if __name__ == "__main__":
+    sys.exit(main())

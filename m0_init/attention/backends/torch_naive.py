@@ -38,17 +38,23 @@ def naive_attention(
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
     """One sequence, written to `out`. The last query row stands at the last key's position."""
-    num_queries, num_keys = len(q), len(k)
-    q = q.unflatten(1, (k.shape[1], -1))  # [Q, KvH, G, D]: the G query heads that share a KV head stand together
+    num_queries, num_keys, num_kv_heads = len(q), len(k), k.shape[1]
+    # On a CPU, a product in half precision builds a kernel for every new shape, and every step has a new one.
+    dtype = torch.float32 if q.device.type == "cpu" else q.dtype
+    # The G query heads that share a KV head stand together, so that its keys and values need no copies.
+    q = (q.to(dtype) * scale).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [KvH, G, Q, D]
+    k = k.to(dtype).permute(1, 2, 0)  # [KvH, D, K]
+    v = v.to(dtype).transpose(0, 1)  # [KvH, K, D]
     for start in range(0, num_queries, QUERY_TILE):
-        rows = q[start : start + QUERY_TILE]  # [R, KvH, G, D]
+        rows = q[:, :, start : start + QUERY_TILE]  # [KvH, G, R, D]
+        num_rows = rows.shape[2]
         first_position = num_keys - num_queries + start
-        visible = first_position + len(rows)  # keys that the tile's last row sees
-        scores = torch.einsum("rhgd,khd->hgrk", rows * scale, k[:visible])
-        if len(rows) > 1:  # a single row sees all of them
+        visible = first_position + num_rows  # keys that the tile's last row sees
+        scores = (rows.flatten(1, 2) @ k[:, :, :visible]).unflatten(1, (-1, num_rows))  # [KvH, G, R, K]
+        if num_rows > 1:  # a single row sees all of them
             row_positions = torch.arange(first_position, visible, device=q.device)
             hidden = torch.arange(visible, device=q.device) > row_positions[:, None]  # [R, K]: keys in a row's future
             scores = scores.masked_fill(hidden, float("-inf"))
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-        tile = torch.einsum("hgrk,khd->rhgd", weights, v[:visible])
-        out[start : start + QUERY_TILE] = tile.flatten(1, 2)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(dtype)
+        tile = (weights.flatten(1, 2) @ v[:, :visible]).unflatten(1, (-1, num_rows))  # [KvH, G, R, D]
+        out[start : start + QUERY_TILE] = tile.permute(2, 0, 1, 3).flatten(1, 2)

@@ -29,32 +29,31 @@ def naive_attention(
     Returns:
         [T, num_heads, head_dim].
     """
-    out = torch.empty_like(q)
     starts = metadata.query_start_loc.tolist()
-    for start, end in pairwise(starts):
-        _attend(q[start:end], k[start:end], v[start:end], scale, out[start:end])
-    return out
+    return torch.cat([_attend(q[i:j], k[i:j], v[i:j], scale) for i, j in pairwise(starts)])
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-    """One sequence, written to `out`. The last query row stands at the last key's position."""
-    num_queries, num_keys, num_kv_heads = len(q), len(k), k.shape[1]
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One sequence: q [Q, H, D], k and v [K, KvH, D] -> [Q, H, D]; the last query stands at the last key's position."""
+    (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     # On a CPU, a product in half precision builds a kernel for every new shape, and every step has a new one.
     dtype = torch.float32 if q.device.type == "cpu" else q.dtype
     # The G query heads that share a KV head stand together, so that its keys and values need no copies.
-    q = (q.to(dtype) * scale).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [KvH, G, Q, D]
+    grouped = (q.to(dtype) * scale).view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [KvH, G, Q, D]
     k = k.to(dtype).permute(1, 2, 0)  # [KvH, D, K]
     v = v.to(dtype).transpose(0, 1)  # [KvH, K, D]
+    tiles = []
     for start in range(0, num_queries, QUERY_TILE):
-        rows = q[:, :, start : start + QUERY_TILE]  # [KvH, G, R, D]
+        rows = grouped[:, :, start : start + QUERY_TILE]  # [KvH, G, R, D]
         num_rows = rows.shape[2]
         first_position = num_keys - num_queries + start
         visible = first_position + num_rows  # keys that the tile's last row sees
-        scores = (rows.flatten(1, 2) @ k[:, :, :visible]).unflatten(1, (-1, num_rows))  # [KvH, G, R, K]
+        scores = rows.flatten(1, 2) @ k[:, :, :visible]  # [KvH, G * R, K]
         if num_rows > 1:  # a single row sees all of them
             row_positions = torch.arange(first_position, visible, device=q.device)
             hidden = torch.arange(visible, device=q.device) > row_positions[:, None]  # [R, K]: keys in a row's future
-            scores = scores.masked_fill(hidden, float("-inf"))
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(dtype)
-        tile = (weights.flatten(1, 2) @ v[:, :visible]).unflatten(1, (-1, num_rows))  # [KvH, G, R, D]
-        out[start : start + QUERY_TILE] = tile.permute(2, 0, 1, 3).flatten(1, 2)
+            scores = scores.view(num_kv_heads, -1, num_rows, visible).masked_fill(hidden, float("-inf")).flatten(1, 2)
+        tile = scores.softmax(dim=-1) @ v[:, :visible]  # [KvH, G * R, D]; softmax sums in float32
+        tile = tile.view(num_kv_heads, -1, num_rows, head_dim).permute(2, 0, 1, 3)
+        tiles.append(tile.reshape(num_rows, num_heads, head_dim).to(q.dtype))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)

@@ -38,12 +38,10 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T], q [T, num_heads, head_dim], k [T, num_kv_heads, head_dim] -> rotated q and k."""
         cos, sin = self.cos_sin[:, positions].unsqueeze(2)  # each [T, 1, head_dim]
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos, swapped, sin)
+        heads = torch.cat([q, k], dim=1)  # both in one go
+        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+        rotated = torch.addcmul(heads * cos, swapped, sin)
+        return rotated[:, : q.shape[1]], rotated[:, q.shape[1] :]
 
 
 def inverse_frequencies(head_dim: int, rope_parameters: dict[str, Any]) -> torch.Tensor:

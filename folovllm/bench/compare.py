@@ -71,6 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "median": {name: medians(runs) for name, runs in rows.items()},
         "ratio_to_first": {name: ratios(runs, rows[names[0]]) for name, runs in rows.items()},
         **({"fastest": undisturbed(results)} if len(workload.requests) == 1 else {}),
+        **({"growth": growth_curves(results)} if workload.name == "decode_growth" else {}),
         "runs": rows,
         "notes": {name: found[0].notes for name, found in results.items() if found[0].notes},
     }
@@ -110,6 +111,15 @@ def figures_of(result: lab.Result) -> dict[str, float | None]:
 def undisturbed(results: dict[str, list[lab.Result]]) -> dict[str, dict[str, float | None]]:
     """The figures of each row made of its fastest tokens: what it would take if nothing else ran on the machine."""
     return {name: figures_of(fastest(found)) for name, found in results.items()}
+
+
+def growth_curves(results: dict[str, list[lab.Result]]) -> dict[str, dict[str, list[float]]]:
+    """Time per token against context for each row, made of its fastest tokens, ready to be plotted."""
+    curves = {}
+    for name, found in results.items():
+        contexts, seconds = lab.growth(fastest(found), window=16)
+        curves[name] = {"contexts": contexts.tolist(), "ms_per_token": (seconds * 1e3).round(4).tolist()}
+    return curves
 
 
 def growth_figures(result: lab.Result) -> dict[str, float | None]:

@@ -193,6 +193,8 @@ def test_one_stage_with_two_settings(opened: list[FakeLLM], capsys: pytest.Captu
     assert figures["stages"] == dict.fromkeys(rows.split(","), "tests")
     growth = figures["median"][rows.split(",")[1]]
     assert growth["last_over_first_quarter"] == growth["ms_at_context_512"] == 1
+    curve = figures["growth"][rows.split(",")[0]]
+    assert len(curve["contexts"]) == len(curve["ms_per_token"]) and set(curve["ms_per_token"]) == {1.0}
     assert "quarter" in printed  # a heading may be broken over two lines
 
 

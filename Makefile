@@ -23,7 +23,7 @@ COVERAGE_MIN := 85
 PYTEST := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(PY) -m pytest tests -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-deep lint format coverage notebooks bench clean install install-test install-dev
+.PHONY: help demo test test-quick test-deep lint format coverage notebooks api bench clean install install-test install-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ coverage: install-dev ## line coverage of every stage; fails below 85 %
 
 notebooks: install-test ## execute every notebook in place (ARGS=--check: without writing)
 	$(PY) -m folovllm.bench.notebooks $(ARGS)
+
+api: install ## write docs/api from the docstrings of the newest stage
+	$(PY) -m folovllm.bench.apidocs $(ARGS)
 
 bench: install ## time a workload on the newest stage: WORKLOAD=single
 	$(PY) -m folovllm.bench.run --workload $(WORKLOAD) $(ARGS)

@@ -240,8 +240,7 @@ class OutputProcessor:
         self, completion: CompletionOutput, logprobs: list[tuple[int, float, int]], num_logprobs: int
     ) -> None:
         """The sampled token, and as many of the most likely ones as this request (not its neighbours) asked for."""
-        if completion.logprobs is None or completion.cumulative_logprob is None:
-            return  # asked for by a neighbour only
+        assert completion.logprobs is not None and completion.cumulative_logprob is not None  # since add_request
         wanted = logprobs if num_logprobs == -1 else logprobs[: num_logprobs + 1]
         entries: dict[int, Logprob] = {}
         for token_id, logprob, rank in wanted:

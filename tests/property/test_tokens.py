@@ -159,19 +159,27 @@ def test_a_wrong_cache_row_is_noticed(
 ) -> None:
     """The mutant: position 2 holds the key, or the value, of position 1. A shared engine might keep what it cached."""
     attention = submodule(stage, "model_executor.layers.attention").Attention
-    forward = attention.forward
+    rotary_embedding = submodule(stage, "model_executor.layers.rotary_embedding").RotaryEmbedding
+    forward, look_up = attention.forward, rotary_embedding.forward
+    positions = torch.empty(0)
 
-    def forward_with_a_wrong_row(self: Any, positions: Any, q: Any, k: Any, v: Any, metadata: Any) -> Any:
+    def remember_positions(self: Any, new_positions: torch.Tensor) -> Any:
+        nonlocal positions
+        positions = new_positions
+        return look_up(self, new_positions)
+
+    def forward_with_a_wrong_row(self: Any, rotation: Any, q: Any, k: Any, v: Any, metadata: Any) -> Any:
         kv = {"k": k.clone(), "v": v.clone()}
         if (positions == 2).any():
             kv[part][positions == 2] = kv[part][positions == 1]
-        return forward(self, positions, q, kv["k"], kv["v"], metadata)
+        return forward(self, rotation, q, kv["k"], kv["v"], metadata)
 
     params = {**arguments, "max_tokens": 16, "ignore_eos": True}
     requests: Requests = [(list(range(start, start + 60, 7)), params) for start in (3, 100, 200, 300)]
     oracle = get_oracle(checkpoint)
     check_all(stage, oracle, requests, tokens(stage, make_llm(checkpoint), requests))
     monkeypatch.setattr(attention, "forward", forward_with_a_wrong_row)
+    monkeypatch.setattr(rotary_embedding, "forward", remember_positions)
     with open_llm(stage, checkpoint_path(checkpoint)) as mutant:
         wrong = tokens(stage, mutant, requests)
     with pytest.raises(AssertionError, match=r"below the best|the draw was"):

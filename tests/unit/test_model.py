@@ -42,7 +42,7 @@ def test_rms_norm(stage: ModuleType, shape: tuple[int, ...], dtype: torch.dtype)
     theirs.weight.data = weight.float()
     torch.testing.assert_close(ours(x).float(), theirs(x.float()), atol=1e-6, rtol=rtol)
     residual = randn(*shape, seed=2).to(dtype)
-    normed, stream = ours(x, residual)
+    normed, stream = ours(x, residual.clone())
     torch.testing.assert_close(stream, x + residual)
     torch.testing.assert_close(normed.float(), theirs((x + residual).float()), atol=1e-6, rtol=rtol)
     assert torch.equal(x, before)
@@ -84,23 +84,25 @@ def test_rotary_embedding(stage: ModuleType, rope: str, head_dim: int, positions
         max_position_embeddings=5000,
         rope_parameters=ROPES[rope],
     )
-    rotary = submodule(stage, "model_executor.layers.rotary_embedding").RotaryEmbedding(head_dim, 5000, ROPES[rope])
+    module = submodule(stage, "model_executor.layers.rotary_embedding")
+    rotary = module.RotaryEmbedding(head_dim, 5000, ROPES[rope])
     at = torch.tensor(positions)
     q, k = randn(len(at), 4, head_dim), randn(len(at), 2, head_dim, seed=1)
     cos, sin = LlamaRotaryEmbedding(config)(q, at[None])
     expected_q, expected_k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    rotated_q, rotated_k = rotary(at, q.clone(), k.clone())
+    rotated_q, rotated_k = module.rotate(q.clone(), k.clone(), rotary(at))
     torch.testing.assert_close(rotated_q, expected_q[0].transpose(0, 1), atol=atol, rtol=0)
     torch.testing.assert_close(rotated_k, expected_k[0].transpose(0, 1), atol=atol, rtol=0)
 
 
 def test_rotation_depends_on_distance_alone(stage: ModuleType) -> None:
-    rotary = submodule(stage, "model_executor.layers.rotary_embedding").RotaryEmbedding(32, 600, ROPES["llama3_small"])
+    module = submodule(stage, "model_executor.layers.rotary_embedding")
+    rotary = module.RotaryEmbedding(32, 600, ROPES["llama3_small"])
     q, k = randn(1, 1, 32), randn(1, 1, 32, seed=1)
 
     def score(query_position: int, key_position: int) -> float:
-        rotated_q, _ = rotary(torch.tensor([query_position]), q, k)
-        _, rotated_k = rotary(torch.tensor([key_position]), q, k)
+        rotated_q, _ = module.rotate(q, k, rotary(torch.tensor([query_position])))
+        _, rotated_k = module.rotate(q, k, rotary(torch.tensor([key_position])))
         return float((rotated_q * rotated_k).sum())
 
     assert score(7, 3) == pytest.approx(score(504, 500), abs=1e-3)

@@ -12,14 +12,13 @@ from torch import nn
 from ...attention.backends.torch_naive import naive_attention
 from ...attention.metadata import AttentionMetadata
 from .layernorm import RMSNorm
-from .rotary_embedding import RotaryEmbedding
+from .rotary_embedding import Rotation, rotate
 
 
 class Attention(nn.Module):
     """Causal multi-head attention with grouped KV heads (GQA: Ainslie et al. 2023, arXiv 2305.13245).
 
     Args:
-        rotary_emb: shared by all layers.
         q_norm, k_norm: normalise every head before the rotation (Qwen3); None: no norm.
     """
 
@@ -28,7 +27,6 @@ class Attention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        rotary_emb: RotaryEmbedding,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
     ) -> None:
@@ -37,23 +35,22 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
-        self.rotary_emb = rotary_emb
         self.q_norm = q_norm
         self.k_norm = k_norm
 
     def forward(
         self,
-        positions: torch.Tensor,
+        rotation: Rotation,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """positions [T], q [T, num_heads * head_dim], k and v [T, num_kv_heads * head_dim] -> like q."""
+        """rotation of T tokens, q [T, num_heads * head_dim], k and v [T, num_kv_heads * head_dim] -> like q."""
         q = q.view(-1, self.num_heads, self.head_dim)
         k = k.view(-1, self.num_kv_heads, self.head_dim)
         v = v.view(-1, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotary_emb(positions, q, k)
+        q, k = rotate(q, k, rotation)
         return naive_attention(q, k, v, metadata, self.scale).flatten(1)

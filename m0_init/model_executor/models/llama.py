@@ -18,7 +18,7 @@ from ..layers.activation import silu_and_mul
 from ..layers.attention import Attention
 from ..layers.layernorm import RMSNorm
 from ..layers.linear import Linear, MergedLinear
-from ..layers.rotary_embedding import RotaryEmbedding
+from ..layers.rotary_embedding import RotaryEmbedding, Rotation
 
 
 class LlamaAttention(nn.Module):
@@ -29,9 +29,7 @@ class LlamaAttention(nn.Module):
         qk_norm: whether every head of q and k is normalised.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, rotary_emb: RotaryEmbedding, *, qkv_bias: bool, o_bias: bool, qk_norm: bool
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> None:
         super().__init__()
         head_dim = get_head_dim(config)
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -41,11 +39,11 @@ class LlamaAttention(nn.Module):
         # Registered here before `Attention` has them too, so that their names are the checkpoint's.
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
-        self.attn = Attention(num_heads, num_kv_heads, head_dim, rotary_emb, self.q_norm, self.k_norm)
+        self.attn = Attention(num_heads, num_kv_heads, head_dim, self.q_norm, self.k_norm)
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+    def forward(self, rotation: Rotation, hidden: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.output_sizes, dim=-1)
-        return self.o_proj(self.attn(positions, q, k, v, metadata))
+        return self.o_proj(self.attn(rotation, q, k, v, metadata))
 
 
 class LlamaMLP(nn.Module):
@@ -67,11 +65,11 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config, bias=getattr(config, "mlp_bias", False))
 
     def forward(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor, metadata: AttentionMetadata
+        self, rotation: Rotation, hidden: torch.Tensor, residual: torch.Tensor, metadata: AttentionMetadata
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream is what came in as `hidden + residual`, and goes out the same way."""
         hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.self_attn(positions, hidden, metadata)
+        hidden = self.self_attn(rotation, hidden, metadata)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
         return self.mlp(hidden), residual
 
@@ -80,18 +78,18 @@ class LlamaModel(nn.Module):
     def __init__(self, config: PretrainedConfig, attention: dict[str, bool]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        rotary_emb = RotaryEmbedding(get_head_dim(config), config.max_position_embeddings, config.rope_parameters)
+        self.rotary_emb = RotaryEmbedding(get_head_dim(config), config.max_position_embeddings, config.rope_parameters)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, LlamaAttention(config, rotary_emb, **attention))
-            for _ in range(config.num_hidden_layers)
+            LlamaDecoderLayer(config, LlamaAttention(config, **attention)) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         hidden = self.embed_tokens(input_ids)  # [T, H]
+        rotation = self.rotary_emb(positions)
         residual = torch.zeros_like(hidden)
         for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual, metadata)
+            hidden, residual = layer(rotation, hidden, residual, metadata)
         return self.norm(hidden, residual)[0]
 
 

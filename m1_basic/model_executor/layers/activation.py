@@ -9,4 +9,4 @@ from torch.nn import functional as F
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for x = [gate | up]: [..., 2 * d] -> [..., d]."""
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)

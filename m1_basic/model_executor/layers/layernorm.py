@@ -26,8 +26,8 @@ class RMSNorm(nn.Module):
     @overload
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def forward(self, x, residual=None):  # type: ignore[no-untyped-def]
-        """x: [..., hidden_size] -> the same; with a residual: (normed x + residual, x + residual)."""
+        """x: [..., hidden_size] -> the same; with a residual, which takes x in: (normed x + residual, x + residual)."""
         if residual is not None:
-            x = x + residual
-        normed = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            x = residual.add_(x)
+        normed = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return normed if residual is None else (normed, x)

@@ -1,7 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): a position is a rotation of pairs of coordinates.
 
 The cosines and sines of every position are computed once, when the model is built. Checkpoints pair coordinate i with
-i + head_dim / 2 ("rotate half"), and so do we.
+i + head_dim / 2 ("rotate half"), and so do we. Looking up is the model's part, once a forward pass; rotating is every
+layer's.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
 
 class RotaryEmbedding(nn.Module):
-    """Rotates queries and keys by their positions.
+    """The rotation of every position.
 
     Args:
         max_position: positions 0 … max_position - 1 have an angle.
@@ -35,13 +38,19 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos_sin", cos_sin.to(torch.get_default_dtype()), persistent=False)
         self.cos_sin: torch.Tensor
 
-    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [T], q [T, num_heads, head_dim], k [T, num_kv_heads, head_dim] -> rotated q and k."""
-        cos, sin = self.cos_sin[:, positions].unsqueeze(2)  # each [T, 1, head_dim]
-        heads = torch.cat([q, k], dim=1)  # both in one go
-        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-        rotated = torch.addcmul(heads * cos, swapped, sin)
-        return rotated[:, : q.shape[1]], rotated[:, q.shape[1] :]
+    def forward(self, positions: torch.Tensor) -> Rotation:
+        """positions [T] -> cosines and sines, each [T, 1, head_dim]."""
+        cos, sin = self.cos_sin[:, positions].unsqueeze(2)
+        return cos, sin
+
+
+def rotate(q: torch.Tensor, k: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, num_heads, head_dim], k [T, num_kv_heads, head_dim] -> the same, each token by its own rotation."""
+    cos, sin = rotation
+    heads = torch.cat([q, k], dim=1)  # both in one go
+    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+    q, k = torch.addcmul(heads * cos, swapped, sin).split([q.shape[1], k.shape[1]], dim=1)
+    return q, k
 
 
 def inverse_frequencies(head_dim: int, rope_parameters: dict[str, Any]) -> torch.Tensor:

@@ -181,7 +181,7 @@ class OutputProcessor:
             self._states[seq.request_id, seq.index].show()
         del self._states[seq.request_id, seq.index]
         output.finished = all(completion.finish_reason for completion in output.outputs)
-        if output.finished:
+        if not any((seq.request_id, completion.index) in self._states for completion in output.outputs):
             del self._outputs[seq.request_id]
 
     def process_outputs(

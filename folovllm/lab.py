@@ -7,6 +7,7 @@ versions and the command beside it.
 
 from __future__ import annotations
 
+import heapq
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -113,11 +114,15 @@ class Result:
         }
 
 
-def workload_for(llm: Any, name: str) -> Workload:
-    """The workload `name` in the sizes for this engine's device and with token ids of its vocabulary."""
-    config = llm.config
+def workload_for(llm: Any, name: str, num_requests: int | None = None) -> Workload:
+    """The workload `name` in the sizes for this engine's device and with token ids of its vocabulary; of "uniform" with
+    as many requests as one likes."""
     return make_workload(
-        name, vocab_size=llm.hf_config.vocab_size, max_model_len=config.max_model_len, device=config.device
+        name,
+        vocab_size=llm.hf_config.vocab_size,
+        max_model_len=llm.config.max_model_len,
+        device=llm.config.device,
+        num_requests=num_requests,
     )
 
 
@@ -374,6 +379,66 @@ def plot_time_per_token(results: Mapping[str, Result], degrees: Mapping[str, int
             axes.plot(contexts, fit(contexts), color=colour, label=f"{label}, {kind} fit")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+    return axes
+
+
+def assign_lanes(steps: Sequence[Any]) -> dict[str, int]:
+    """{sequence id: its lane}: a sequence takes the lowest lane that is free from its first step to its last, as if it
+    were a row of a batch. `steps` are StepRecords."""
+    last_step = {seq_id: number for number, step in enumerate(steps) for seq_id in step.seq_ids}
+    lanes: dict[str, int] = {}
+    free: list[int] = []
+    for number, step in enumerate(steps):
+        for seq_id in step.seq_ids:
+            if seq_id not in lanes:
+                lanes[seq_id] = heapq.heappop(free) if free else len(set(lanes.values()))
+        for seq_id in step.seq_ids:
+            if last_step[seq_id] == number:
+                heapq.heappush(free, lanes[seq_id])
+    return lanes
+
+
+def row_shares(steps: Sequence[Any], num_rows: int) -> dict[str, float]:
+    """How `num_rows` rows spend the time of `steps` (StepRecords), as shares of it that sum to 1.
+
+    A row is "busy" while its sequence runs, "stalled" while a step leaves out a sequence that has run and will run
+    again, and "empty" while it has none.
+    """
+    first_step: dict[str, int] = {}
+    last_step: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        for seq_id in step.seq_ids:
+            first_step.setdefault(seq_id, number)
+            last_step[seq_id] = number
+    total = num_rows * sum(step.seconds for step in steps)
+    busy = sum(len(step.seq_ids) * step.seconds for step in steps)
+    held = sum(step.seconds for seq_id, first in first_step.items() for step in steps[first : last_step[seq_id] + 1])
+    return {"busy": busy / total, "stalled": (held - busy) / total, "empty": 1 - held / total}
+
+
+PHASE_COLOURS = {"prefill": COLOURS[5], "decode": COLOURS[1]}
+
+
+def plot_steps(steps: Sequence[Any], rows: Mapping[str, int], title: str, axes: Any = None) -> Any:
+    """Who ran when: a bar for every step (StepRecord) of every sequence, in the row that `rows` gives it; prefill and
+    decode by colour. Returns the Axes, new ones unless given."""
+    if axes is None:
+        axes = new_axes("", "", "")
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("time (ms)")
+    origin = steps[0].start
+    for phase, colour in PHASE_COLOURS.items():
+        bars_of: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for step in steps:
+            if step.phase == phase:
+                for seq_id in step.seq_ids:
+                    bars_of[rows[seq_id]].append((1e3 * (step.start - origin), 1e3 * step.seconds))
+        for row, spans in bars_of.items():
+            axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.15)
+        axes.barh([], [], color=colour, label=phase)  # for the legend
+    axes.set_ylim(max(rows.values()) + 0.6, -0.6)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
     return axes
 
 

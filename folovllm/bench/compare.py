@@ -37,15 +37,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workload", default="single", choices=WORKLOADS, help="default: single")
     parser.add_argument("--repeats", type=int, default=5, help="runs of every row (default: 5)")
+    parser.add_argument("--num-requests", type=int, metavar="N", help="so many requests (workload uniform only)")
     parser.add_argument("--transformers", action="store_true", help="a row for transformers' generate as well")
+    parser.add_argument(
+        "--transformers-batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="requests in each of its static batches (default: 16)",
+    )
     add_engine_options(parser)
     return parser
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all rows in turns. ValueError or TypeError for anything that the user can mend."""
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    for option in ("repeats", "transformers_batch_size"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
     names = args.milestones.split(",")
     if len(set(names)) < len(names):
         raise ValueError(f"--milestones names a row twice: {args.milestones}")
@@ -58,7 +67,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             runners[TRANSFORMERS] = open_transformers(stack, args, engine)
         # Drawn for the shortest of them, so that all are given the same work.
         shortest = min(llms, key=lambda llm: llm.config.max_model_len)
-        workload = lab.workload_for(shortest, args.workload)
+        workload = lab.workload_for(shortest, args.workload, args.num_requests)
         results = run_in_turns(runners, workload, args.repeats)
     stages = {name: found[0].stage for name, found in results.items()}
     rows = {name: [figures_of(result) for result in found] for name, found in results.items()}
@@ -83,7 +92,13 @@ def open_transformers(stack: ExitStack, args: argparse.Namespace, engine: dict[s
 
     if not Path(args.model).is_dir():
         raise ValueError(f"--transformers needs a folder as --model, got {args.model!r}")
-    model = HFGenerate(args.model, dtype=engine["dtype"], device=engine["device"], load_format=args.load_format)
+    model = HFGenerate(
+        args.model,
+        dtype=engine["dtype"],
+        device=engine["device"],
+        load_format=args.load_format,
+        batch_size=args.transformers_batch_size,
+    )
     return stack.enter_context(model).run
 
 

@@ -60,6 +60,7 @@ class _Draw:
     max_model_len: int
     cuda: bool
     rng: random.Random
+    num_requests: int | None
 
     def tokens(self, length: int) -> list[int]:
         return [self.rng.randrange(self.vocab_size) for _ in range(length)]
@@ -79,7 +80,7 @@ def _decode_growth(draw: _Draw) -> Workload:
 
 
 def _uniform(draw: _Draw) -> Workload:
-    count = draw.size(cpu=16, cuda=256)
+    count = draw.num_requests or draw.size(cpu=16, cuda=256)
     requests = [WorkloadRequest(draw.tokens(128), 128) for _ in range(count)]
     return Workload("uniform", f"{count} requests, prompt 128, output 128", requests)
 
@@ -165,15 +166,21 @@ _BUILDERS: dict[str, Callable[[_Draw], Workload]] = {
 WORKLOADS: tuple[str, ...] = tuple(_BUILDERS)
 
 
-def make_workload(name: str, *, vocab_size: int, max_model_len: int, device: str = "cpu") -> Workload:
+def make_workload(
+    name: str, *, vocab_size: int, max_model_len: int, device: str = "cpu", num_requests: int | None = None
+) -> Workload:
     """Draws the workload `name`; equal arguments give equal requests.
 
-    `device` chooses between the sizes for a CPU and those for a GPU ("cuda", "cuda:0", …). Raises ValueError for an
-    unknown name, and for a model whose `max_model_len` (in tokens) is shorter than the longest request.
+    `device` chooses between the sizes for a CPU and those for a GPU ("cuda", "cuda:0", …); of `uniform` another number
+    of requests can be asked for. Raises ValueError for an unknown name, for a number of requests where it is fixed, and
+    for a model whose `max_model_len` (in tokens) is shorter than the longest request.
     """
     if name not in _BUILDERS:
         raise ValueError(f"unknown workload {name!r}: choose one of {', '.join(WORKLOADS)}")
-    workload = _BUILDERS[name](_Draw(vocab_size, max_model_len, device.startswith("cuda"), random.Random(0)))
+    if num_requests is not None and (name != "uniform" or num_requests < 1):
+        raise ValueError(f"a number of requests, 1 or more, goes with the workload uniform; got {num_requests}, {name}")
+    cuda = device.startswith("cuda")
+    workload = _BUILDERS[name](_Draw(vocab_size, max_model_len, cuda, random.Random(0), num_requests))
     longest = max(workload.lengths())
     if longest > max_model_len:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -11,6 +11,7 @@ import pytest
 from folovllm import lab
 from folovllm.bench import notebooks
 from folovllm.bench import run as bench_run
+from folovllm.bench import scheduler as bench_scheduler
 from folovllm.bench.workloads import Workload, WorkloadRequest
 
 
@@ -92,3 +93,43 @@ def test_bench_reports_a_fault_of_the_user_in_one_sentence(capsys: pytest.Captur
     with pytest.raises(SystemExit) as exit_info:
         bench_run.main(["--workload", "singel"])
     assert exit_info.value.code == 2
+
+
+# ---- the scheduler without a model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.since("m2")
+def test_everything_in_a_step_but_the_model(
+    stage: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name = stage.__name__.partition("_")[0]
+    arguments = ["--stage", name, "--num-seqs", "70", "--steps", "5", "--json", str(tmp_path / "out.json")]
+    assert bench_scheduler.main(arguments) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert figures["stage"] == stage.__name__ and (figures["num_seqs"], figures["steps"]) == (70, 5)
+    parts = [figures["ms"][part]["p50"] for part in ("schedule", "update_from_output", "process_outputs")]
+    assert min(parts) > 0 and figures["ms"]["together"]["p50"] >= max(parts)
+    assert "process_outputs" in printed and figures["environment"]["command"]
+
+
+@pytest.mark.since("m2")
+def test_all_sequences_run_and_their_text_grows(stage: ModuleType) -> None:
+    engine = bench_scheduler.Engine(stage, num_seqs=70, max_new_tokens=100)  # more than one step of prefills
+    outputs = [engine.output_processor.get_output(str(number)) for number in range(70)]
+    assert all(output.token_ids for output in outputs)
+    before = [(len(output.token_ids), len(output.text)) for output in outputs]
+    for _ in range(3):
+        num_seqs, seconds = engine.step()
+        assert num_seqs == 70 and len(seconds) == 3
+    after = [(len(output.token_ids), len(output.text)) for output in outputs]
+    assert [tokens - 3 for tokens, _ in after] == [tokens for tokens, _ in before]
+    assert sum(text for _, text in after) > sum(text for _, text in before)
+
+
+def test_a_stage_without_a_scheduler(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_scheduler.main(["--stage", "m1"]) == 2
+    assert capsys.readouterr().err == "error: m1_basic has no scheduler: choose a later stage\n"
+    assert bench_scheduler.main(["--stage", "m2", "--steps", "0"]) == 2
+    assert capsys.readouterr().err == "error: --steps must be at least 1, got 0\n"

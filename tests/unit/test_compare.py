@@ -198,6 +198,13 @@ def test_one_stage_with_two_settings(opened: list[FakeLLM], capsys: pytest.Captu
     assert "quarter" in printed  # a heading may be broken over two lines
 
 
+def test_more_requests_than_the_workload_has(opened: list[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--milestones", "m1", "--workload", "uniform", "--num-requests", "20", "--repeats", "1"]
+    assert compare.main(arguments) == 0
+    assert last_line(capsys)[1]["description"].startswith("20 requests")
+    assert len(opened[0].max_tokens) == 20
+
+
 def test_ratios_are_taken_within_a_repeat() -> None:
     """A machine that becomes three times slower moves the medians and not the ratio."""
     base: list[dict[str, float | None]] = [{"x": 1.0}, {"x": 3.0}, {"x": 9.0}]
@@ -229,6 +236,8 @@ def test_growth_within_a_run() -> None:
     [
         (["--milestones", "m0,m0"], "names a row twice"),
         (["--milestones", "m0", "--repeats", "0"], "--repeats must be at least 1"),
+        (["--milestones", "m0", "--transformers-batch-size", "0"], "--transformers-batch-size must be at least 1"),
+        (["--milestones", "m0", "--num-requests", "3"], "goes with the workload uniform"),
         (["--milestones", "m0:paged"], "write a stage"),
         (["--milestones", "m7"], "no stage 'm7'"),
         (["--milestones", "m0", "--model", "nowhere"], "no such model"),
@@ -278,9 +287,43 @@ def test_transformers_makes_the_tokens_that_the_stage_makes(
     assert result.notes == ["requests one after the other"]
 
 
+@pytest.mark.since("m0")
+def test_transformers_in_static_batches(stage: ModuleType, make_llm: MakeLLM, checkpoint_path: CheckpointPath) -> None:
+    """Left-padded to the longest prompt, run to the longest output; nobody's tokens change, useful ones count."""
+    lengths = [(4, 6), (9, 2), (1, 3), (2, 5), (7, 1)]
+    prompts = [[5 + (7 * i + j) % 40 for j in range(length)] for i, (length, _) in enumerate(lengths)]
+    requests = [WorkloadRequest(prompt, output) for prompt, (_, output) in zip(prompts, lengths, strict=True)]
+    workload = Workload("test", "made by a test", requests)
+    steps: list[int] = []
+    with hf_generate.HFGenerate(str(checkpoint_path("qwen2")), dtype="float32", device="cpu", batch_size=3) as model:
+        model.model.register_forward_pre_hook(lambda *_: steps.append(1))
+        result = model.run(workload, warmup=False)
+    assert len(steps) == 6 + 5  # the longest output of each batch
+    ours = lab.run(make_llm("qwen2"), workload)
+    assert [trace.token_ids for trace in result.traces] == [trace.token_ids for trace in ours.traces]
+    assert [len(trace.token_times) for trace in result.traces] == [output for _, output in lengths]
+    assert [(trace.request, trace.num_prompt_tokens) for trace in result.traces] == [
+        (index, length) for index, (length, _) in enumerate(lengths)
+    ]
+    first, second = result.traces[:3], result.traces[3:]
+    assert len({trace.token_times[0] for trace in first}) == len({trace.token_times[0] for trace in second}) == 1
+    assert max(trace.token_times[-1] for trace in first) < second[0].token_times[0]
+    assert result.notes == ["static batches of 3 in order of arrival; only useful output counts"]
+
+
+def test_transformers_has_one_temperature(checkpoint_path: CheckpointPath) -> None:
+    requests = [WorkloadRequest([1], 2), WorkloadRequest([2], 2, temperature=0.5)]
+    with (
+        hf_generate.HFGenerate(str(checkpoint_path("qwen2")), dtype="float32", device="cpu") as model,
+        pytest.raises(ValueError, match="cannot run the workload 'two'"),
+    ):
+        model.run(Workload("two", "", requests))
+
+
 def test_transformers_with_dummy_weights(checkpoint_path: CheckpointPath) -> None:
-    options = {"dtype": "bfloat16", "device": "cpu", "load_format": "dummy"}
-    with hf_generate.HFGenerate(str(checkpoint_path("qwen3")), **options) as model:
+    with hf_generate.HFGenerate(
+        str(checkpoint_path("qwen3")), dtype="bfloat16", device="cpu", load_format="dummy"
+    ) as model:
         assert model.model.dtype.itemsize == 2
         result = model.run(Workload("test", "", [WorkloadRequest([1, 2], 3, temperature=0.7)]), warmup=False)
     assert result.num_output_tokens == 3 and result.notes == []

@@ -217,6 +217,37 @@ def test_pictures(clock: Clock, tmp_path: Path) -> None:
     assert (tmp_path / "bars.png").stat().st_size > 1000
 
 
+def step(seq_ids: str, seconds: float = 1.0, phase: str = "decode", start: float = 0.0) -> Any:
+    return SimpleNamespace(seq_ids=tuple(seq_ids), seconds=seconds, phase=phase, start=start)
+
+
+def test_lanes_are_used_again_once_they_are_free() -> None:
+    # b ends where c could not enter yet; c takes b's lane, d the first that is free after a.
+    steps = [step("ab"), step("ab"), step("ac"), step("cd"), step("de")]
+    assert lab.assign_lanes(steps) == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 1}
+    assert lab.assign_lanes([step("ab"), step("c")]) == {"a": 0, "b": 1, "c": 0}
+
+
+def test_what_rows_do_with_their_time() -> None:
+    # a runs for 1 + 2 s and stands still for 4 s while b begins; the third row is never used.
+    steps = [step("a", 1.0), step("b", 4.0, "prefill"), step("ab", 2.0), step("b", 1.0)]
+    shares = lab.row_shares(steps, num_rows=3)
+    assert shares == pytest.approx({"busy": 10 / 24, "stalled": 4 / 24, "empty": 10 / 24})
+
+
+def test_a_picture_of_steps() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    steps = [step("ab", 0.5, "prefill", 7.0), step("a", 0.1, "decode", 7.5), step("a", 0.1, "decode", 7.6)]
+    axes = lab.plot_steps(steps, {"a": 0, "b": 1}, "Steps")
+    assert axes.get_legend_handles_labels()[1] == ["prefill", "decode"]
+    spans = [
+        [(round(x0), round(x1)) for x0, x1 in (path.get_extents().intervalx for path in collection.get_paths())]
+        for collection in axes.collections
+    ]
+    assert spans == [[(0, 500)], [(0, 500)], [(500, 600), (600, 700)]]  # milliseconds from the first step
+    assert lab.plot_steps(steps, {"a": 0, "b": 1}, "Again", axes) is axes and axes.get_title(loc="left") == "Again"
+
+
 def test_colours_belong_to_stages() -> None:
     assert lab.colour_of("m3_paged", 0) == lab.colour_of("m3", 5) == lab.COLOURS[3]
     assert len({lab.colour_of(f"m{k}", 0) for k in range(8)}) == 8

@@ -128,3 +128,12 @@ def test_counts_every_sample() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="choose one of single, decode_growth"):
         make("singel")
+
+
+def test_a_number_of_requests() -> None:
+    many = make_workload("uniform", vocab_size=2048, max_model_len=4096, num_requests=40)
+    assert len(many.requests) == 40 and many.description.startswith("40 requests")
+    assert many.requests[:16] == make("uniform").requests  # more of the same work
+    for name, count in (("uniform", 0), ("mixed_cpu", 8)):
+        with pytest.raises(ValueError, match=f"goes with the workload uniform; got {count}, {name}"):
+            make_workload(name, vocab_size=2048, max_model_len=4096, num_requests=count)

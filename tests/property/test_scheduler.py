@@ -209,7 +209,7 @@ class Events(RuleBasedStateMachine):
         seqs, nums = scheduled.seqs, num_tokens(scheduled)
         assert 0 < len(seqs) <= self.max_num_seqs
         assert len(seqs) == len(set(ids(seqs)))
-        assert 0 < min(nums) and sum(nums) == scheduled.total_num_scheduled_tokens <= self.budget
+        assert min(nums) > 0 and sum(nums) == scheduled.total_num_scheduled_tokens <= self.budget
         for seq, num in zip(seqs, nums, strict=True):
             assert seq.status is self.status.RUNNING and seq in self.scheduler.running
             assert seq.num_computed_tokens == computed.get(seq.seq_id, 0) + num <= seq.num_tokens
@@ -232,8 +232,11 @@ class Events(RuleBasedStateMachine):
         self.departures[seq.seq_id] += 1
 
     def abort_one_of(self, seqs: list[Any], number: int | None) -> None:
+        """The step, which the model is running, stays as it is."""
+        before = list(seqs)
         if number is not None and number < len(seqs):
             self.finish_from_outside(seqs[number], self.status.FINISHED_ABORTED)
+        assert seqs == before
 
     def finish_from_outside(self, seq: Any, status: Any) -> None:
         assert self.scheduler.finish_sequence(seq.seq_id, status) is seq

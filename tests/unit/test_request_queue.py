@@ -110,7 +110,7 @@ def test_an_order_of_service_may_change_while_somebody_looks(stage: ModuleType) 
     for seq in seqs:
         queue.add(seq)
     (victim,) = make_seqs(stage, "victim", priority=2, arrival=-1.0)
-    looked = []
+    looked: list[Any] = []
     for seq in queue:
         if not looked:
             queue.prepend(victim)

@@ -185,7 +185,7 @@ def test_trace(stage: ModuleType, llm: Any, tmp_path: Path) -> None:
     for track in by_track.values():
         for event, following in pairwise(track):
             assert event["ts"] + event["dur"] <= following["ts"] + 1e-3
-    counters = [event["args"] for event in events if event["ph"] == "C"]
+    counters = [event["args"] for event in events if event["ph"] == "C" and event["name"] == "KV slots"]
     assert [sum(counter.values()) for counter in counters] == [step.kv_slots for step in steps]
     assert [counter["used"] for counter in counters] == [step.kv_slots_used for step in steps]
 

@@ -1,0 +1,210 @@
+"""GPUWorker: owns what lives on the device: the model, the memory budget and the KV cache.
+
+A CPU is a device too; the name is vLLM's.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+
+from ..attention.backends.paged import paged_attention
+from ..attention.backends.torch_naive import naive_attention
+from ..attention.metadata import AttentionMetadata
+from ..config import EngineConfig
+from ..model_executor.layers.attention import Attention
+from ..model_executor.model_loader import load_model
+from ..sample.ops.topk_topp import apply_top_k_top_p
+from ..utils.common import resolve_device, resolve_dtype, resolve_max_model_len
+from .input_batch import InputBatch
+from .model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+_CPU_CACHE_LIMIT = 4 * 2**30
+_DEFAULT_NUM_SEQS = 256
+_DEFAULT_NUM_BATCHED_TOKENS = 8192
+_DEFAULT_BLOCK_SIZE = 16
+# Without paging a sequence takes as much as the longest one might need, so its length is not chosen by what fits.
+_COMFORTABLE_MODEL_LEN = 4096
+
+
+class GPUWorker:
+    """Loads the model and reserves the KV cache.
+
+    Attributes:
+        config: the engine's config with every None settled.
+
+    Raises:
+        ValueError: the model or the cache that was asked for cannot be had.
+    """
+
+    def __init__(self, config: EngineConfig, folder: Path, hf_config: PretrainedConfig) -> None:
+        started = time.perf_counter()
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, hf_config)
+        model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
+        params = list(model.parameters())
+        logger.info(
+            "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
+            type(model).__name__,
+            sum(p.numel() for p in params) / 1e6,
+            sum(p.nbytes for p in params) / 2**20,
+            str(self.dtype).removeprefix("torch."),
+            self.device,
+            time.perf_counter() - started,
+        )
+        self.model = model
+        self.layers = [module for module in model.modules() if isinstance(module, Attention)]
+        for layer in self.layers:
+            layer.backend = naive_attention if config.attention_backend == "naive" else paged_attention
+        max_num_seqs = config.max_num_seqs or min(_DEFAULT_NUM_SEQS, config.max_num_batched_tokens or _DEFAULT_NUM_SEQS)
+        self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, hf_config, max_num_seqs)
+        self.num_slots = num_blocks * self.block_size
+        self._initialize_kv_cache(self.num_slots)
+        self.config = replace(
+            config,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_model_len=self.max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens
+            or max(self.max_model_len, max_num_seqs, _DEFAULT_NUM_BATCHED_TOKENS),
+            block_size=self.block_size,
+            num_kv_blocks=num_blocks,
+        )
+        logger.info(
+            "KV cache: %s blocks of %s tokens × %d layers = %.0f MiB; "
+            "maximum concurrency for %s tokens per request: %.1f×",
+            f"{num_blocks:,}",
+            f"{self.block_size:,}",
+            len(self.layers),
+            self.num_slots * kv_bytes_per_token(self.layers, self.dtype) / 2**20,
+            f"{self.max_model_len:,}",
+            num_blocks / -(-self.max_model_len // self.block_size),
+        )
+        max_blocks_per_seq = -(-self.max_model_len // self.block_size)
+        input_batch = InputBatch(max_num_seqs, max_blocks_per_seq, self.block_size, hf_config.vocab_size, self.device)
+        self.model_runner = ModelRunner(model, input_batch)
+
+    def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
+        """block_size, number of blocks, and max_model_len: what was asked for, and otherwise the most that fits."""
+        longest = resolve_max_model_len(config.max_model_len, hf_config)
+        longest = min(longest, config.max_num_batched_tokens or longest)
+        block_size = config.block_size or _DEFAULT_BLOCK_SIZE
+        if not config.enable_paged_kv:
+            if config.max_model_len is None:
+                longest = min(longest, _COMFORTABLE_MODEL_LEN)
+            block_size = -(-longest // 256) * 256
+        bytes_per_token = kv_bytes_per_token(self.layers, self.dtype)
+        budget = self._cache_memory(config, longest, max_num_seqs)
+        num_blocks = config.num_kv_blocks or max(budget, 0) // (block_size * bytes_per_token)
+        fits = num_blocks * block_size
+        if fits < 2:
+            raise ValueError(
+                f"no memory for a KV cache: a block of {block_size} tokens takes {block_size * bytes_per_token} bytes, "
+                f"and there are {budget}; raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory"
+            )
+        if config.max_model_len is not None and fits < longest:
+            raise ValueError(
+                f"max_model_len={longest} needs {longest * bytes_per_token} bytes of KV cache, and there are "
+                f"{fits * bytes_per_token}: lower it to at most {fits}, or raise num_kv_blocks, kv_cache_memory_bytes "
+                "or gpu_memory_utilization, whichever you set"
+            )
+        if fits < longest:
+            logger.info("max_model_len lowered from %s to %s to fit in memory", f"{longest:,}", f"{fits:,}")
+        return block_size, num_blocks, min(longest, fits)
+
+    def _cache_memory(self, config: EngineConfig, longest: int, max_num_seqs: int) -> int:
+        """Bytes for keys and values."""
+        available = available_memory(self.device)
+        if config.kv_cache_memory_bytes is not None:
+            if config.kv_cache_memory_bytes > available:
+                raise ValueError(
+                    f"kv_cache_memory_bytes={config.kv_cache_memory_bytes} is more than the {available} bytes that are "
+                    f"free on {self.device}: lower it"
+                )
+            return config.kv_cache_memory_bytes
+        if config.num_kv_blocks is not None:
+            return available
+        if self.device.type == "cuda":
+            num_tokens = config.max_num_batched_tokens or max(longest, _DEFAULT_NUM_BATCHED_TOKENS)
+            peak = self._profile_activations(num_tokens, longest, max_num_seqs)
+            free, total = torch.cuda.mem_get_info(self.device)
+            return int(total * config.gpu_memory_utilization) - (total - free) - peak
+        budget = min(available // 4, _CPU_CACHE_LIMIT)  # a modest part of a computer with other work
+        needed = longest * kv_bytes_per_token(self.layers, self.dtype)
+        if config.max_model_len is not None:  # what was asked for may take more than we would take ourselves
+            budget = min(available, max(budget, needed))
+        return budget
+
+    @torch.inference_mode()
+    def _profile_activations(self, num_tokens: int, longest: int, max_num_seqs: int) -> int:
+        """Bytes that the largest step takes beside weights and cache, found by taking one.
+
+        What pads has most to do for one sequence as long as can be among many of a single token.
+        """
+        lens = [1] * max_num_seqs
+        for i in range(max_num_seqs):
+            lens[i] += min(longest - 1, num_tokens - sum(lens))
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lens])
+        lens_tensor = torch.tensor(lens, dtype=torch.int32, device=self.device)
+        metadata = AttentionMetadata(
+            query_start_loc=F.pad(lens_tensor.cumsum(0, dtype=torch.int32), (1, 0)),
+            seq_lens=lens_tensor,
+            max_query_len=max(lens),
+            max_seq_len=max(lens),
+            slot_mapping=torch.zeros_like(positions),
+            block_table=torch.zeros(max_num_seqs, longest, dtype=torch.int32, device=self.device),
+            block_size=1,
+        )
+        self._initialize_kv_cache(num_slots=1)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        hidden = self.model(torch.zeros_like(positions), positions, metadata)
+        logits = self.model.compute_logits(hidden[:max_num_seqs]).float()
+        apply_top_k_top_p(logits, None, torch.full((max_num_seqs,), 0.9, device=self.device))
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del hidden, logits, metadata, positions
+        gc.collect()
+        torch.cuda.empty_cache()
+        return peak
+
+    def _initialize_kv_cache(self, num_slots: int) -> None:
+        """Give every attention layer its slots, and one more that takes what nobody reads."""
+        for layer in self.layers:
+            shape = (num_slots + 1, layer.num_kv_heads, layer.head_dim)
+            layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def close(self) -> None:
+        """Drop model and cache and give the memory back."""
+        del self.model_runner, self.model, self.layers
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def kv_bytes_per_token(layers: list[Attention], dtype: torch.dtype) -> int:
+    """Bytes of key and value that one token leaves in all layers together."""
+    return sum(2 * layer.num_kv_heads * layer.head_dim * dtype.itemsize for layer in layers)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on `device` now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -66,7 +66,7 @@ class EngineConfig:
             check_int("max_model_len", self.max_model_len, 2)  # a prompt token and an output token
         for name in ("kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
+                check_int(name, getattr(self, name), 2 if name == "max_num_batched_tokens" else 1)
         for name in ("max_model_len", "max_num_seqs"):
             if self.max_num_batched_tokens is not None and (getattr(self, name) or 0) > self.max_num_batched_tokens:
                 raise ValueError(

@@ -76,7 +76,7 @@ class EngineConfig:
             "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks"
         ):  # fmt: skip
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
+                check_int(name, getattr(self, name), 2 if name == "max_num_batched_tokens" else 1)
         for name in ("max_model_len", "max_num_seqs"):
             if self.max_num_batched_tokens is not None and (getattr(self, name) or 0) > self.max_num_batched_tokens:
                 raise ValueError(

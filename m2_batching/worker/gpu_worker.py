@@ -95,17 +95,18 @@ class GPUWorker:
                 f"max_model_len={length} × max_num_seqs={rows} needs {rows * length * bytes_per_token} bytes of KV "
                 f"cache, and there are {budget}: lower them until their product is at most {fits}"
             )
-        longest = min(longest, config.max_num_batched_tokens or longest)
         max_num_seqs, max_model_len = config.max_num_seqs, config.max_model_len
         if max_num_seqs is None:
             most = min(_DEFAULT_NUM_SEQS[self.device.type], config.max_num_batched_tokens or fits)
             # Rather a few rows that are long enough than many short ones.
             max_num_seqs = min(most, max(1, fits // (max_model_len or min(longest, _COMFORTABLE_MODEL_LEN))))
         if max_model_len is None:
-            max_model_len = min(longest, fits // max_num_seqs)
+            max_model_len = min(longest, fits // max_num_seqs, config.max_num_batched_tokens or longest)
             if max_model_len < longest:
                 logger.info(
-                    "max_model_len lowered from %s to %s to fit in memory", f"{longest:,}", f"{max_model_len:,}"
+                    "max_model_len lowered from %s to %s to fit in memory and in a step",
+                    f"{longest:,}",
+                    f"{max_model_len:,}",
                 )
         return max_model_len, max_num_seqs
 

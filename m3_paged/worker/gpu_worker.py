@@ -98,7 +98,6 @@ class GPUWorker:
     def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
         """block_size, number of blocks, and max_model_len: what was asked for, and otherwise the most that fits."""
         longest = resolve_max_model_len(config.max_model_len, hf_config)
-        longest = min(longest, config.max_num_batched_tokens or longest)
         block_size = config.block_size or _DEFAULT_BLOCK_SIZE
         if not config.enable_paged_kv:
             if config.max_model_len is None:
@@ -106,7 +105,8 @@ class GPUWorker:
             block_size = -(-longest // 256) * 256
         bytes_per_token = kv_bytes_per_token(self.layers, self.dtype)
         budget = self._cache_memory(config, longest, max_num_seqs)
-        num_blocks = config.num_kv_blocks or max(budget, 0) // (block_size * bytes_per_token)
+        most = max_num_seqs * -(-longest // block_size)  # nobody could ever use more
+        num_blocks = config.num_kv_blocks or min(most, max(budget, 0) // (block_size * bytes_per_token))
         fits = num_blocks * block_size
         if fits < 2:
             raise ValueError(
@@ -119,9 +119,14 @@ class GPUWorker:
                 f"{fits * bytes_per_token}: lower it to at most {fits}, or raise num_kv_blocks, kv_cache_memory_bytes "
                 "or gpu_memory_utilization, whichever you set"
             )
-        if fits < longest:
-            logger.info("max_model_len lowered from %s to %s to fit in memory", f"{longest:,}", f"{fits:,}")
-        return block_size, num_blocks, min(longest, fits)
+        max_model_len = min(longest, fits, config.max_num_batched_tokens or longest)
+        if max_model_len < longest:
+            logger.info(
+                "max_model_len lowered from %s to %s to fit in memory and in a step",
+                f"{longest:,}",
+                f"{max_model_len:,}",
+            )
+        return block_size, num_blocks, max_model_len
 
     def _cache_memory(self, config: EngineConfig, longest: int, max_num_seqs: int) -> int:
         """Bytes for keys and values."""

@@ -377,5 +377,6 @@ def test_memory_of_padding_is_bounded(stage: ModuleType, monkeypatch: pytest.Mon
         patch.setattr(torch, "bmm", recording_bmm)
         naive.naive_attention(torch.zeros(sum(lens), num_heads, 8), cache, cache, metadata, 1.0)
     assert max(num_keys) <= 100 and len(scores) > len(num_keys)
-    assert sum(num_keys[::2]) < len(lens) * 30, "the short ones are padded to the longest of all"
+    assert len(num_keys) == 2 * 5, "1, 7 and 13 tokens stay apart; of the others three at a time"
+    assert sum(num_keys[::2]) == 1 + 7 + 13 + 5 * 30, "the short ones were padded to the longest of all"
     assert max(scores[::2]) <= 200, "every other product is one of weights and values"

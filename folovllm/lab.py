@@ -433,9 +433,9 @@ def plot_steps(steps: Sequence[Any], rows: Mapping[str, int], title: str, axes: 
             if step.phase == phase:
                 for seq_id in step.seq_ids:
                     bars_of[rows[seq_id]].append((1e3 * (step.start - origin), 1e3 * step.seconds))
-        for row, spans in bars_of.items():
-            axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.15)
-        axes.barh([], [], color=colour, label=phase)  # for the legend
+        for number, (row, spans) in enumerate(bars_of.items()):
+            label = phase if number == 0 else None  # one entry in the legend
+            axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.15, label=label)
     axes.set_ylim(max(rows.values()) + 0.6, -0.6)
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)

@@ -241,13 +241,18 @@ def make_llm(stage: ModuleType, checkpoint_path: CheckpointPath) -> Iterator[Mak
     """`make_llm("qwen3", max_model_len=32)`: an engine in float32 on the CPU, shared by all who ask for the same.
 
     Its first argument is what `checkpoint_path` knows, or the Path of a checkpoint. Do not close or change it.
+    Where a cache would take all the memory that it can get, it gets little, unless the test says how much.
     """
     engines: dict[str, Any] = {}
+    sizes = {"kv_cache_memory_bytes", "num_kv_blocks"}
+    is_paged = "num_kv_blocks" in stage.EngineConfig.__annotations__
 
     def make(checkpoint: str | Path = "qwen3", **options: Any) -> Any:
         key = repr((checkpoint, sorted(options.items())))
         if key not in engines:
             folder = checkpoint if isinstance(checkpoint, Path) else checkpoint_path(checkpoint)
+            if is_paged and not sizes & options.keys():
+                options["kv_cache_memory_bytes"] = 64 * 2**20 if checkpoint == "tiny" else 4 * 2**20
             engines[key] = open_llm(stage, folder, **options)
         return engines[key]
 

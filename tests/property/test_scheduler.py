@@ -64,7 +64,12 @@ def make_seqs(
 
 
 def make_scheduler(stage: ModuleType, **options: Any) -> Any:
-    config = stage.EngineConfig(**{"max_model_len": 64, "max_num_batched_tokens": 8192, "max_num_seqs": 4, **options})
+    options = {"max_model_len": 64, "max_num_batched_tokens": 8192, "max_num_seqs": 4, **options}
+    if "enable_paged_kv" in stage.EngineConfig.__annotations__ and "num_kv_blocks" not in options:
+        # As many blocks as rows, each for all of a sequence: this file is about rows, test_paged.py about blocks.
+        paging = {"enable_paged_kv": False, "block_size": 1024, "num_kv_blocks": options["max_num_seqs"]}
+        options = {**paging, **options}
+    config = stage.EngineConfig(**options)
     return submodule(stage, "core.sched.scheduler").Scheduler(config)
 
 
@@ -274,10 +279,14 @@ class Events(RuleBasedStateMachine):
     @invariant()
     def nobody_shares_the_cache(self) -> None:
         """With one block a sequence: each has its own, and every block is somebody's or free."""
+        rows = [row for seq in self.scheduler.running for row in seq.block_table]
         if hasattr(self.scheduler, "_free_rows"):
-            rows = [row for seq in self.scheduler.running for row in seq.block_table]
-            assert sorted(rows + self.scheduler._free_rows) == list(range(self.max_num_seqs))
-            assert all(len(seq.block_table) == 1 for seq in self.scheduler.running)
+            free = self.scheduler._free_rows
+        else:
+            free_blocks = self.scheduler.kv_cache_manager.block_pool.free_block_queue.get_all_free_blocks()
+            free = [block.block_id for block in free_blocks]
+        assert sorted(rows + free) == list(range(self.max_num_seqs))
+        assert all(len(seq.block_table) == 1 for seq in self.scheduler.running)
 
     def teardown(self) -> None:
         """Left to run, everybody finishes; then nothing is left, and the last departures are reported."""

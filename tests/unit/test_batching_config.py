@@ -53,7 +53,7 @@ def test_sizes_are_positive_integers(stage: ModuleType, name: str, value: Any) -
     with pytest.raises(ValueError, match=name) as error:
         stage.EngineConfig(**{name: value})
     assert repr(value) in str(error.value)
-    assert getattr(stage.EngineConfig(**{name: 1}), name) == 1
+    assert getattr(stage.EngineConfig(**{name: 2}), name) == 2
 
 
 @pytest.mark.parametrize("value", ["FCFS", "lifo", None, 3])
@@ -91,7 +91,8 @@ def test_everything_is_settled(stage: ModuleType, make_llm: MakeLLM) -> None:
 def test_a_small_budget_shortens_what_is_left_open(stage: ModuleType, make_llm: MakeLLM) -> None:
     """A prompt of full length fits into a step, and so does a token of every sequence."""
     config = make_llm(max_num_batched_tokens=100).config
-    assert (config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens) == (100, 16, 100)
+    most = 16 if "num_kv_blocks" not in stage.EngineConfig.__annotations__ else 100  # where nobody reserves rows
+    assert (config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens) == (100, most, 100)
     config = make_llm(max_num_batched_tokens=5).config
     assert (config.max_model_len, config.max_num_seqs) == (5, 5)
 

@@ -106,6 +106,15 @@ def test_remove_of_a_block_that_is_not_there(stage: ModuleType) -> None:
     assert free_ids(queue) == [0, 2]
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_append_of_a_block_that_is_there(stage: ModuleType, number: int) -> None:
+    """The links would make a ring."""
+    blocks, queue = make_queue(stage, 3)
+    with pytest.raises(RuntimeError, match=f"block {number} is in the free queue already"):
+        queue.append(blocks[number])
+    assert free_ids(queue) == [0, 1, 2]
+
+
 @given(
     num_blocks=st.integers(1, 6),
     events=st.lists(st.tuples(st.sampled_from(["popleft", "append", "remove"]), st.integers(0, 5)), max_size=60),
@@ -197,8 +206,8 @@ def free_twice(pool: Any) -> None:
     pool.free_blocks([0])
 
 
-def free_what_is_free(pool: Any) -> None:
-    pool.free_block_queue.append(pool.blocks[4])
+def skip_one(pool: Any) -> None:
+    pool.blocks[3].next_free_block = pool.blocks[5]
 
 
 def free_while_held(pool: Any) -> None:
@@ -224,7 +233,7 @@ def miscount_the_queue(pool: Any) -> None:
 FAULTS: list[Callable[[Any], None]] = [
     lose,
     free_twice,
-    free_what_is_free,
+    skip_one,
     free_while_held,
     count_too_many,
     count_too_few,

@@ -38,6 +38,7 @@ def make_scheduled(stage: ModuleType, seqs: list[Any], num_tokens: list[int], re
         "num_scheduled_tokens": {seq.seq_id: num for seq, num in zip(seqs, num_tokens, strict=True)},
         "is_prefill": True,
         "retired_seq_ids": list(retired),
+        "block_copies": [],
     }
     return output(**{field.name: known[field.name] for field in fields(output) if field.name in known})
 

@@ -47,7 +47,7 @@ class Scheduler:
         self.num_preemptions: Counter[str] = Counter()
         self._seqs: dict[str, Sequence] = {}  # unfinished
         self._retired: list[str] = []
-        self._forked: list[Sequence] = []  # in this step
+        self._forked: list[Sequence] = []  # in the step that is under way
         self._num_prefills_in_a_row = 0
 
     def add_sequence(self, seq: Sequence) -> None:
@@ -61,7 +61,6 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Admit what fits, as a step of prefills; where nobody can be admitted, decode all that run."""
         admitted: list[Sequence] = []
-        self._forked = []
         if self._num_prefills_in_a_row < MAX_CONSECUTIVE_PREFILLS or not self.running:
             admitted = self._admit()
         self._num_prefills_in_a_row = self._num_prefills_in_a_row + 1 if admitted else 0
@@ -90,6 +89,7 @@ class Scheduler:
             if seq.is_finished:
                 self._forget(seq)
         self.running = [seq for seq in self.running if not seq.is_finished]
+        self._forked = []
         return outputs
 
     def undo(self, scheduled: SchedulerOutput) -> None:
@@ -98,6 +98,7 @@ class Scheduler:
         for seq in reversed(scheduled.seqs + self._forked):
             if seq.status is SequenceStatus.RUNNING:
                 self._preempt(seq)
+        self._forked = []
         self._retired = scheduled.retired_seq_ids + self._retired
 
     def finish_sequence(self, seq_id: str, status: SequenceStatus) -> Sequence | None:

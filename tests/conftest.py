@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .oracle import Oracle
 
 
-
 def _has_gpu() -> bool:
     """Whether the driver knows of a GPU. It is asked directly, since torch takes seconds to import."""
     try:

@@ -100,7 +100,7 @@ Token = tuple[str, int]
 
 
 class GhostCache:
-    """A cache that remembers of every slot whose token it holds: the prompt's (all siblings have the same) or one's own."""
+    """A cache that remembers whose token every slot holds: the prompt's, which all siblings share, or one's own."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size

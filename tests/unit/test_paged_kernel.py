@@ -1,4 +1,4 @@
-"""The decode kernel against the formula: on a CPU under Triton's interpreter, and on a GPU at the sizes of real batches.
+"""The decode kernel against the formula: on a CPU under Triton's interpreter, on a GPU at the sizes of real batches.
 
 Only the slots that belong to a sequence hold numbers. All others hold nan, which would spoil every sum that it entered.
 """
@@ -74,7 +74,9 @@ class Case:
         cache_shape = (total * block_size + 1, num_kv_heads, head_dim)
         k_cache, v_cache = (torch.full(cache_shape, math.nan, dtype=dtype, device=device) for _ in range(2))
         # Long queries: a few keys take most of the weight, so that a key more or less is seen in the result.
-        self.q = (3 * randn(len(lens), num_kv_heads * groups, head_dim)).to(dtype)
+        # Queries are a slice, as the rotation leaves them: keys stand between those of one sequence and the next.
+        num_heads = num_kv_heads * groups
+        self.q = (3 * randn(len(lens), num_heads + num_kv_heads, head_dim)).to(dtype)[:, :num_heads]
         self.scale = head_dim**-0.5
         self.lens, self.slots = lens, []
         start = 0

@@ -270,8 +270,11 @@ def make_llm(stage: ModuleType, checkpoint_path: CheckpointPath) -> Iterator[Mak
         return engines[key]
 
     yield make
-    for engine in engines.values():
-        engine.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda: 0)  # each of them would, and once is enough
+        for engine in engines.values():
+            engine.close()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ class GPUWorker:
                 longest = min(longest, _COMFORTABLE_MODEL_LEN)
             block_size = -(-longest // 256) * 256
         bytes_per_token = kv_bytes_per_token(self.layers, self.dtype)
-        budget = self._cache_memory(config, longest, max_num_seqs)
+        budget = self._cache_memory(config, longest, max_num_seqs, block_size)
         most = max_num_seqs * -(-longest // block_size)  # nobody could ever use more
         num_blocks = config.num_kv_blocks or min(most, max(budget, 0) // (block_size * bytes_per_token))
         fits = num_blocks * block_size
@@ -128,7 +128,7 @@ class GPUWorker:
             )
         return block_size, num_blocks, max_model_len
 
-    def _cache_memory(self, config: EngineConfig, longest: int, max_num_seqs: int) -> int:
+    def _cache_memory(self, config: EngineConfig, longest: int, max_num_seqs: int, block_size: int) -> int:
         """Bytes for keys and values."""
         available = available_memory(self.device)
         if config.kv_cache_memory_bytes is not None:
@@ -146,7 +146,7 @@ class GPUWorker:
             free, total = torch.cuda.mem_get_info(self.device)
             return int(total * config.gpu_memory_utilization) - (total - free) - peak
         budget = min(available // 4, _CPU_CACHE_LIMIT)  # a modest part of a computer with other work
-        needed = longest * kv_bytes_per_token(self.layers, self.dtype)
+        needed = -(-longest // block_size) * block_size * kv_bytes_per_token(self.layers, self.dtype)
         if config.max_model_len is not None:  # what was asked for may take more than we would take ourselves
             budget = min(available, max(budget, needed))
         return budget

@@ -289,10 +289,11 @@ def test_nobody_is_admitted_in_a_step_that_ran_out_of_blocks(stage: ModuleType) 
 def test_the_least_urgent_gives_way(stage: ModuleType) -> None:
     """Items 25 and 28: the largest (priority, arrival), wherever it stands; its output is kept and computed again."""
     drive = with_blocks(stage, 15, 16, max_model_len=240, scheduling_policy="priority")
-    for name, priority, arrival in (("good", 0, 2.0), ("late", 3, 1.0), ("early", 3, 0.0)):
+    for name, priority, arrival in (("late", 3, 1.0), ("good", 0, 2.0), ("early", 3, 0.0)):
         drive.add(name, 80, 30, priority=priority, arrival=arrival)
-    drive.step()
-    assert drive.running == ["good-0", "early-0", "late-0"]
+        if name != "good":
+            drive.step()
+    assert drive.running == ["late-0", "good-0", "early-0"]
     scheduled = drive.step()
     assert (drive.running, drive.waiting) == (["good-0", "early-0"], ["late-0"])
     assert scheduled.retired_seq_ids == ["late-0"]

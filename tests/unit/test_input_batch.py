@@ -337,7 +337,7 @@ def test_naive_attention_of_several_sequences(
     )
     naive = submodule(stage, "attention.backends.torch_naive")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(naive, "MAX_KEYS", max_keys)
+        patch.setitem(naive.MAX_KEYS, "cpu", max_keys)
         patch.setitem(naive.MAX_SCORES, "cpu", max_scores)
         ours = naive.naive_attention(torch.cat(queries), k_cache, v_cache, metadata, 0.6)
     assert ours.dtype == dtype
@@ -348,7 +348,7 @@ def test_naive_attention_of_several_sequences(
 def test_memory_of_padding_is_bounded(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded keys of a group, and scores of one head of a tile, are no more than the limits allow."""
     naive = submodule(stage, "attention.backends.torch_naive")
-    monkeypatch.setattr(naive, "MAX_KEYS", 100)
+    monkeypatch.setitem(naive.MAX_KEYS, "cpu", 100)
     monkeypatch.setitem(naive.MAX_SCORES, "cpu", 200)
     lens, num_kv_heads, num_heads = [30, 7, 30, 1, 22, 30, 13, 30], 2, 4
     metadata = submodule(stage, "attention.metadata").AttentionMetadata(

@@ -16,8 +16,8 @@ import torch
 
 from ..metadata import AttentionMetadata
 
-# In memory at once: keys of a layer, and scores of one of its heads (on a CPU no more than its caches like).
-MAX_KEYS = 2**17
+# In memory at once: keys of a layer, and scores of one of its heads; on a CPU no more than its caches hold.
+MAX_KEYS = {"cpu": 2**12, "cuda": 2**17}
 MAX_SCORES = {"cpu": 2**16, "cuda": 2**22}
 
 
@@ -79,7 +79,7 @@ def pad(metadata: AttentionMetadata) -> Iterator[PaddedGroup]:
     else:
         groups = [list(group) for _, group in groupby(sorted(everybody, key=size), key=size)]
     for group in groups:
-        most = max(1, MAX_KEYS // max(seq_lens[i] for i in group))
+        most = max(1, MAX_KEYS[metadata.seq_lens.device.type] // max(seq_lens[i] for i in group))
         for start in range(0, len(group), most):
             yield _pad_group(metadata, group[start : start + most], query_lens, seq_lens)
 

@@ -65,7 +65,6 @@ def paged_decode_reference(
 _TILE = 64
 _MIN_SPLIT = 256
 _MAX_SPLITS = 64
-_MAX_SPLITS = 64
 
 
 def paged_decode(

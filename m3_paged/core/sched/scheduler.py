@@ -39,8 +39,8 @@ class Scheduler:
         self.max_num_seqs = config.max_num_seqs or 0
         self.max_num_batched_tokens = config.max_num_batched_tokens or 0
         self.kv_cache_manager = KVCacheManager(config.num_kv_blocks or 0, config.block_size or 0)
-        self.watermark_blocks = int(WATERMARK * (config.num_kv_blocks or 0))
-        self.enable_fork = config.enable_paged_kv
+        self.enable_paged_kv = config.enable_paged_kv
+        self.watermark_blocks = int(WATERMARK * (config.num_kv_blocks or 0)) if self.enable_paged_kv else 0
         self.policy = config.scheduling_policy
         self.waiting = create_request_queue(self.policy)
         self.running: list[Sequence] = []
@@ -95,9 +95,9 @@ class Scheduler:
     def undo(self, scheduled: SchedulerOutput) -> None:
         """The step failed: nothing that it wrote can be trusted, so whoever took part waits again and starts over."""
         self.running = [seq for seq in self.running if not seq.is_finished]
-        for seq in reversed(scheduled.seqs + self._forked):
-            if seq.status is SequenceStatus.RUNNING:
-                self._preempt(seq)
+        took_part = {seq.seq_id for seq in scheduled.seqs + self._forked}
+        for seq in reversed([seq for seq in self.running if seq.seq_id in took_part]):
+            self._preempt(seq)
         self._forked = []
         self._retired = scheduled.retired_seq_ids + self._retired
 
@@ -146,7 +146,7 @@ class Scheduler:
             self.running.append(seq)
             token_budget -= num_new_tokens
             (self._forked if parent else admitted).append(seq)
-            if self.enable_fork and parent is None and seq.num_output_tokens == 0:
+            if self.enable_paged_kv and parent is None and seq.num_output_tokens == 0:
                 parents[seq.request_id] = seq
         return admitted
 

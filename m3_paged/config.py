@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .utils.checks import check_int, check_option_names
+from .utils.checks import check_int, check_option_names, check_real
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class EngineConfig:
                 )
         if self.scheduling_policy not in ("fcfs", "priority", "sjf"):
             raise ValueError(f"scheduling_policy must be 'fcfs', 'priority' or 'sjf', got {self.scheduling_policy!r}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        check_real("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, low_is_open=True)
         if self.attention_backend not in (None, "naive", "paged"):
             raise ValueError(f"attention_backend must be 'naive' or 'paged', got {self.attention_backend!r}")
         if self.tensor_parallel_size != 1:

@@ -79,7 +79,7 @@ class Case:
             block_size=block_size,
         )
         self.arguments = (
-            random(num_seqs, NUM_HEADS, HEAD_DIM),
+            random(num_seqs, NUM_HEADS + NUM_KV_HEADS, HEAD_DIM)[:, :NUM_HEADS],  # a slice, as the model hands it over
             random(*cache_shape),
             random(*cache_shape),
             metadata,

@@ -96,14 +96,23 @@ class BlockPool:
         return [block.block_id for block in blocks]
 
     def touch(self, block_ids: Iterable[int]) -> None:
-        """One more sequence holds these blocks, which are held already."""
-        for block_id in block_ids:
-            self.blocks[block_id].ref_cnt += 1
-
-    def free_blocks(self, block_ids: Iterable[int]) -> None:
-        """One sequence less holds these blocks; those that nobody holds become free, in this order."""
+        """One more sequence holds these blocks."""
         for block_id in block_ids:
             block = self.blocks[block_id]
+            if block.ref_cnt == 0:
+                self.free_block_queue.remove(block)
+            block.ref_cnt += 1
+
+    def free_blocks(self, block_ids: Iterable[int]) -> None:
+        """One sequence less holds these blocks; those that nobody holds become free, in this order.
+
+        Raises:
+            RuntimeError: a block is free already.
+        """
+        for block_id in block_ids:
+            block = self.blocks[block_id]
+            if block.ref_cnt == 0:
+                raise RuntimeError(f"block {block_id} is free already")
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 self.free_block_queue.append(block)

@@ -15,7 +15,7 @@ class KVCacheManager:
     """Gives blocks to sequences (`Sequence.block_table`) and takes them back.
 
     Attributes:
-        block_copies: (from, to), to be carried out before the next forward pass.
+        block_copies: (from, to), to be carried out before the next forward pass (`take_block_copies`).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -38,7 +38,8 @@ class KVCacheManager:
 
     def num_used_slots(self, seqs: list[Sequence]) -> int:
         """Slots that hold a token of one of `seqs`, which are all that hold blocks."""
-        # Only a sequence's last block has empty slots; where several share it, whoever has come furthest counts.
+        # Only a sequence's last block has empty slots. Those that share it differ by a token at most, and whoever has
+        # come furthest counts.
         empty: dict[int, int] = {}
         for seq in seqs:
             num_empty = len(seq.block_table) * self.block_size - seq.num_computed_tokens
@@ -71,6 +72,11 @@ class KVCacheManager:
             table[first] = copy
         table += pool.get_new_blocks(num_new)
         return True
+
+    def take_block_copies(self) -> list[tuple[int, int]]:
+        """The copies that the next forward pass has to find done, once."""
+        copies, self.block_copies = self.block_copies, []
+        return copies
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """`child` holds the blocks of the prompt that `parent` has, or will have, computed.

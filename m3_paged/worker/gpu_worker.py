@@ -97,38 +97,43 @@ class GPUWorker:
 
     def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
         """block_size, number of blocks, and max_model_len: what was asked for, and otherwise the most that fits."""
-        longest = resolve_max_model_len(config.max_model_len, hf_config)
+        positions = resolve_max_model_len(config.max_model_len, hf_config)
+        longest = min(positions, config.max_num_batched_tokens or positions)
         block_size = config.block_size or _DEFAULT_BLOCK_SIZE
-        if not config.enable_paged_kv:
-            if config.max_model_len is None:
-                longest = min(longest, _COMFORTABLE_MODEL_LEN)
-            block_size = -(-longest // 256) * 256
         bytes_per_token = kv_bytes_per_token(self.layers, self.dtype)
-        budget = self._cache_memory(config, longest, max_num_seqs, block_size)
+        budget = self._cache_memory(config, -(-longest // block_size) * block_size, max_num_seqs)
+        num_tokens = max(budget, 0) // bytes_per_token
+        if not config.enable_paged_kv:
+            if config.block_size is not None:
+                raise ValueError("block_size goes with enable_paged_kv=True only: without, a block is a whole sequence")
+            if config.max_model_len is None:
+                longest = max(2, min(longest, _COMFORTABLE_MODEL_LEN, num_tokens))
+            block_size = max(longest, min(-(-longest // 256) * 256, num_tokens))
         most = max_num_seqs * -(-longest // block_size)  # nobody could ever use more
-        num_blocks = config.num_kv_blocks or min(most, max(budget, 0) // (block_size * bytes_per_token))
+        num_blocks = config.num_kv_blocks or min(most, num_tokens // block_size)
         fits = num_blocks * block_size
+        if config.max_model_len is not None and max(fits, num_tokens) >= 2 and fits < longest:
+            raise ValueError(
+                f"max_model_len={longest} needs {-(-longest // block_size)} blocks of {block_size} tokens, and there "
+                f"are {num_blocks}: lower it to at most {fits or num_tokens}, or raise what limits the cache "
+                "(num_kv_blocks, kv_cache_memory_bytes, gpu_memory_utilization)"
+            )
         if fits < 2:
             raise ValueError(
                 f"no memory for a KV cache: a block of {block_size} tokens takes {block_size * bytes_per_token} bytes, "
-                f"and there are {budget}; raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory"
+                f"and there are {max(budget, 0)}; raise what limits the cache (num_kv_blocks, kv_cache_memory_bytes, "
+                "gpu_memory_utilization), or free memory"
             )
-        if config.max_model_len is not None and fits < longest:
+        if fits * bytes_per_token > available_memory(self.device):
             raise ValueError(
-                f"max_model_len={longest} needs {longest * bytes_per_token} bytes of KV cache, and there are "
-                f"{fits * bytes_per_token}: lower it to at most {fits}, or raise num_kv_blocks, kv_cache_memory_bytes "
-                "or gpu_memory_utilization, whichever you set"
+                f"num_kv_blocks={num_blocks} of {block_size} tokens need {fits * bytes_per_token} bytes, and there are "
+                f"{available_memory(self.device)}: lower it"
             )
-        max_model_len = min(longest, fits, config.max_num_batched_tokens or longest)
-        if max_model_len < longest:
-            logger.info(
-                "max_model_len lowered from %s to %s to fit in memory and in a step",
-                f"{longest:,}",
-                f"{max_model_len:,}",
-            )
-        return block_size, num_blocks, max_model_len
+        if min(longest, fits) < positions:
+            logger.info("max_model_len lowered from %s to %s", f"{positions:,}", f"{min(longest, fits):,}")
+        return block_size, num_blocks, min(longest, fits)
 
-    def _cache_memory(self, config: EngineConfig, longest: int, max_num_seqs: int, block_size: int) -> int:
+    def _cache_memory(self, config: EngineConfig, longest: int, max_num_seqs: int) -> int:
         """Bytes for keys and values."""
         available = available_memory(self.device)
         if config.kv_cache_memory_bytes is not None:
@@ -146,7 +151,7 @@ class GPUWorker:
             free, total = torch.cuda.mem_get_info(self.device)
             return int(total * config.gpu_memory_utilization) - (total - free) - peak
         budget = min(available // 4, _CPU_CACHE_LIMIT)  # a modest part of a computer with other work
-        needed = -(-longest // block_size) * block_size * kv_bytes_per_token(self.layers, self.dtype)
+        needed = longest * kv_bytes_per_token(self.layers, self.dtype)
         if config.max_model_len is not None:  # what was asked for may take more than we would take ourselves
             budget = min(available, max(budget, needed))
         return budget

@@ -55,7 +55,7 @@ class InputBatch:
             if seq.seq_id not in self.rows:
                 self.rows[seq.seq_id] = self._free_rows.pop()
                 self.num_blocks[seq.seq_id] = 0
-            known = max(self.num_blocks[seq.seq_id] - 1, 0)  # the newest one may have been replaced by a copy
+            known = max(self.num_blocks[seq.seq_id] - 1, 0)  # only the newest may have been replaced, by a copy
             self.num_blocks[seq.seq_id] = len(seq.block_table)
             self.block_table[self.rows[seq.seq_id], known : len(seq.block_table)] = seq.block_table[known:]
 

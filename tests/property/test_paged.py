@@ -157,6 +157,7 @@ class EventsWithBlocks(Events):
                 return
             following, budget, room, free, others = waiting[0], self.budget, len(running), num_free, stayed
             parents: dict[str, Any] = {}
+            num_forked = 0
         else:
             admitted = self.scheduler.running[len(stayed) :]
             left = list(self.scheduler.waiting)
@@ -179,14 +180,18 @@ class EventsWithBlocks(Events):
                     assert seq.num_computed_tokens == seq.num_prompt_tokens - 1
                     assert seq.status is self.status.RUNNING
             assert scheduled.seqs == expected
+            if admitted[-1] not in expected:
+                own = len(admitted) - len(expected)  # blocks that siblings will copy to
+                assert self.manager.num_free_blocks >= own + (self.watermark if len(admitted + stayed) > 1 else 0)
             if len(stayed) + len(admitted) > 1 and not (len(admitted) == 1 and not stayed):
                 assert self.manager.num_free_blocks >= self.watermark, "the reserve was given away"
+            num_forked = len(admitted) - len(expected)
             if not left:
                 return
             following = left[0]
             budget = self.budget - scheduled.total_num_scheduled_tokens
             room, free, others = len(self.scheduler.running), self.manager.num_free_blocks, self.scheduler.running
-        reserve = self.watermark if others else 0
+        reserve = (self.watermark if others else 0) + num_forked
         if following.num_output_tokens == 0 and following.request_id in parents:
             could = room < self.max_num_seqs and free > reserve
         else:
@@ -272,18 +277,20 @@ def test_only_as_many_give_way_as_there_is_need(stage: ModuleType) -> None:
     assert drive.scheduler.num_preemptions == {"no free block": 1}
 
 
-def test_nobody_is_admitted_in_a_step_that_ran_out_of_blocks(stage: ModuleType) -> None:
-    """A small one would fit into what the victim left; it must not have it, or the victim would be next again."""
-    drive = with_blocks(stage, 10, 16, max_model_len=160)
-    for name, length in (("a", 80), ("b", 80), ("small", 3)):
-        drive.add(name, length, 4)
-    assert drive.waiting == ["a-0", "b-0", "small-0"]
+@every_policy
+def test_nobody_is_admitted_in_a_step_that_ran_out_of_blocks(stage: ModuleType, policy: str) -> None:
+    """A small one would fit into what the victim left, and in two of the policies comes before it."""
+    drive = with_blocks(stage, 10, 16, max_model_len=160, scheduling_policy=policy)
+    drive.add("a", 80, 4, arrival=1.0)
+    drive.add("b", 80, 4, arrival=2.0)
     drive.step()
-    drive.step()
-    assert (drive.running, drive.waiting) == (["a-0"], ["b-0", "small-0"])
-    assert free_blocks(drive.scheduler) == 4
+    drive.add("small", 3, 4, arrival=1.5)
+    scheduled = drive.step()
+    assert (ids(scheduled.seqs), scheduled.is_prefill) == (["a-0"], False)
+    assert drive.running == ["a-0"] and free_blocks(drive.scheduler) == 4
+    assert drive.waiting == (["b-0", "small-0"] if policy == "fcfs" else ["small-0", "b-0"])
     drive.run()
-    assert drive.first == ["a-0", "b-0", "small-0"]
+    assert {seq.num_output_tokens for seq in drive.seqs.values()} == {4}
 
 
 def test_the_least_urgent_gives_way(stage: ModuleType) -> None:
@@ -368,6 +375,17 @@ def test_siblings_wait_holding_nothing(stage: ModuleType) -> None:
     assert drive.first == [f"a-{index}" for index in range(5)]
     total = sum(len(step) for step in drive.steps)
     assert total == 5 * 3, "everybody got his tokens one by one"
+
+
+@pytest.mark.parametrize(("num_blocks", "running"), [(3, 1), (4, 2), (5, 3), (6, 4), (9, 4)])
+def test_a_sibling_comes_only_where_a_block_is_free(stage: ModuleType, num_blocks: int, running: int) -> None:
+    """Each will want one of its own in the next step."""
+    drive = with_blocks(stage, num_blocks, 4, max_model_len=12)
+    drive.add("a", 9, 2, n=4)
+    drive.step()
+    assert len(drive.running) == running
+    drive.run()
+    assert drive.first == [f"a-{index}" for index in range(4)]
 
 
 def test_a_preempted_sibling_is_recomputed_on_its_own(stage: ModuleType) -> None:
@@ -651,6 +669,31 @@ def test_more_children_than_rows_or_blocks(
         check_oracle(stage, get_oracle("qwen3"), request, output)
 
 
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_family_may_be_preempted_around_its_fork(
+    after: int, stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle
+) -> None:
+    """An urgent request wants nearly all blocks: before the fork, after it, or after the children's first tokens."""
+    llm = make_tiny(
+        make_llm, {"block_size": 4, "num_kv_blocks": 12, "max_num_seqs": 9, "scheduling_policy": "priority"}
+    )
+    poison(stage, llm)
+    counts = llm.engine.core.scheduler.num_preemptions
+    before = counts["urgent"]
+    urgent: Request = ([6] * 40, {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True})
+    llm.engine.add_request("family", FAMILY[0], stage.SamplingParams(**FAMILY[1]), priority=5)
+    outputs: dict[str, Any] = {}
+    for _ in range(after):
+        llm.engine.step()
+    llm.engine.add_request("urgent", urgent[0], stage.SamplingParams(**urgent[1]), priority=0)
+    finish_all(llm, outputs)
+    assert (counts["urgent"] > before) == (after > 0)
+    check_oracle(stage, get_oracle("qwen3"), FAMILY, outputs["family"])
+    check_oracle(stage, get_oracle("qwen3"), urgent, outputs["urgent"])
+    check_empty(stage, llm)
+    check_pool(llm)
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 5, 16])
 def test_the_parent_may_end_with_the_prompt(
     block_size: int, stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle
@@ -768,7 +811,7 @@ def test_copies_are_read_before_they_are_written(stage: ModuleType) -> None:
 
 
 def test_without_paging_it_is_the_stage_before(stage: ModuleType, checkpoint_path: CheckpointPath) -> None:
-    """The same steps and the same tokens as m2's, under every policy; a block is a row."""
+    """The same steps and the same tokens as m2's; a block is a row. (Under "sjf" the order goes by the clock.)"""
     before = importlib.import_module(known_stages()[2])
     length = 256
 
@@ -789,7 +832,7 @@ def test_without_paging_it_is_the_stage_before(stage: ModuleType, checkpoint_pat
             names += ["kv_slots_used", "kv_slots_allocated", "kv_slots"]
             return [[getattr(step, name) for name in names] for step in engine.stats.steps], results
 
-    for policy in POLICIES:
+    for policy in ("fcfs", "priority"):
         steps, results = run(stage, policy, enable_paged_kv=False)
         assert (steps, results) == run(before, policy)
         assert {len(step[2]) for step in steps} >= {1, 3}

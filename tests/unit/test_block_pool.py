@@ -184,6 +184,21 @@ def test_a_shared_block_is_free_when_the_last_one_lets_go(stage: ModuleType) -> 
     assert free_ids(pool.free_block_queue) == [2, 1, 0]
 
 
+def test_touching_a_free_block_takes_it(stage: ModuleType) -> None:
+    """Out of the middle of the queue."""
+    pool = block_pool(stage).BlockPool(4)
+    pool.touch([2])
+    assert free_ids(pool.free_block_queue) == [0, 1, 3]
+    pool.check_integrity([[2]])
+
+
+def test_a_block_is_not_freed_twice(stage: ModuleType) -> None:
+    pool = block_pool(stage).BlockPool(2)
+    with pytest.raises(RuntimeError, match="block 1 is free already"):
+        pool.free_blocks([1])
+    pool.check_integrity([])
+
+
 def test_asking_for_more_than_there_is_takes_nothing(stage: ModuleType) -> None:
     pool = block_pool(stage).BlockPool(3)
     pool.get_new_blocks(1)

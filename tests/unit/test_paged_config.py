@@ -38,7 +38,7 @@ def test_counts_are_positive_integers(stage: ModuleType, name: str, value: Any) 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.01, math.nan])
 def test_gpu_memory_utilization_is_a_share(stage: ModuleType, value: float) -> None:
-    with pytest.raises(ValueError, match=r"gpu_memory_utilization must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match="gpu_memory_utilization"):
         stage.EngineConfig(gpu_memory_utilization=value)
     assert stage.EngineConfig(gpu_memory_utilization=1).gpu_memory_utilization == 1
 

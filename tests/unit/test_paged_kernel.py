@@ -37,7 +37,7 @@ def paged(stage: ModuleType) -> ModuleType:
     return submodule(stage, "attention.backends.paged")
 
 
-def test_linux_has_triton() -> None:
+def test_linux_has_triton(stage: ModuleType) -> None:
     """Else all that follows would be skipped, or fail without saying why."""
     if sys.platform == "linux":
         assert importlib.util.find_spec("triton"), "pip install triton"

@@ -26,7 +26,7 @@ def paged_attention(
 
     Args and result as in `naive_attention`.
     """
-    if q.device.type == "cuda" and metadata.max_query_len == 1:
+    if triton is not None and q.device.type == "cuda" and metadata.max_query_len == 1:
         return paged_decode(q, k_cache, v_cache, metadata, scale)
     return naive_attention(q, k_cache, v_cache, metadata, scale)
 

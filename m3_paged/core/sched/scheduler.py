@@ -71,7 +71,7 @@ class Scheduler:
         for seq in seqs:
             seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
         retired, self._retired = self._retired, []
-        copies, self.kv_cache_manager.block_copies = self.kv_cache_manager.block_copies, []
+        copies = self.kv_cache_manager.take_block_copies()
         return SchedulerOutput(seqs, num_scheduled_tokens, bool(admitted), retired, copies)
 
     def update_from_output(self, scheduled: SchedulerOutput, sampled: ModelRunnerOutput) -> list[SequenceOutput]:
@@ -164,7 +164,7 @@ class Scheduler:
         return True
 
     def _allocate(self, seq: Sequence, parent: Sequence | None) -> bool:
-        num_reserved = self.watermark_blocks if self.running else 0
+        num_reserved = (self.watermark_blocks if self.running else 0) + len(self._forked)  # whose copies are to come
         if parent is None:
             return self.kv_cache_manager.allocate_slots(seq, seq.num_tokens - seq.num_computed_tokens, num_reserved)
         if self.kv_cache_manager.num_free_blocks <= num_reserved:

@@ -22,7 +22,7 @@ from ..attention.metadata import AttentionMetadata
 from ..config import EngineConfig
 from ..model_executor.layers.attention import Attention
 from ..model_executor.model_loader import load_model
-from ..sample.ops.topk_topp import apply_top_k_top_p
+from ..sample.sampler import Sampler, SamplingMetadata
 from ..utils.common import resolve_device, resolve_dtype, resolve_max_model_len
 from .input_batch import InputBatch
 from .model_runner import ModelRunner
@@ -179,11 +179,15 @@ class GPUWorker:
         self._initialize_kv_cache(num_slots=1)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        before = torch.cuda.memory_reserved(self.device)
         hidden = self.model(torch.zeros_like(positions), positions, metadata)
         logits = self.model.compute_logits(hidden[:max_num_seqs]).float()
-        apply_top_k_top_p(logits, None, torch.full((max_num_seqs,), 0.9, device=self.device))
-        peak = torch.cuda.max_memory_allocated(self.device) - before
+        ones = torch.ones(max_num_seqs, device=self.device)
+        sampling = SamplingMetadata(
+            ones, ones.long(), ones.long(), False, None, ones * 0.9, None, [], [], [], [], []
+        )  # fmt: skip
+        Sampler().sample(logits, sampling)
+        peak = torch.cuda.max_memory_reserved(self.device) - before  # with what the allocator keeps for itself
         del hidden, logits, metadata, positions
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""On a GPU: how much of it an engine takes. In a file of its own, so that no engine of another test is alive beside it."""
+"""On a GPU: how much of it an engine takes. In a file of its own: no engine of another test may be alive beside it."""
 
 from __future__ import annotations
 

@@ -91,11 +91,14 @@ class GPUWorker:
         return min(max_model_len, fits)
 
     def _initialize_kv_cache(self, layers: list[Attention]) -> None:
-        """Give every attention layer its slots, and one more that takes what nobody reads."""
+        """Give every attention layer its slots, and one more that takes what nobody reads.
+
+        They are not cleared: no slot is read before it is written, and only what is written takes memory on a CPU.
+        """
         for layer in layers:
             shape = (self.num_slots + 1, layer.num_kv_heads, layer.head_dim)
-            layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            layer.k_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            layer.v_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
         total = self.num_slots * kv_bytes_per_token(layers, self.dtype)
         logger.info("KV cache: %s slots × %d layers = %.0f MiB", f"{self.num_slots:,}", len(layers), total / 2**20)
 

@@ -93,7 +93,8 @@ class GPUWorker:
         )
         max_blocks_per_seq = -(-self.max_model_len // self.block_size)
         input_batch = InputBatch(max_num_seqs, max_blocks_per_seq, self.block_size, hf_config.vocab_size, self.device)
-        self.model_runner = ModelRunner(model, input_batch)
+        kv_caches = [cache for layer in self.layers for cache in (layer.k_cache, layer.v_cache)]
+        self.model_runner = ModelRunner(model, input_batch, kv_caches)
 
     def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
         """block_size, number of blocks, and max_model_len: what was asked for, and otherwise the most that fits."""
@@ -194,11 +195,14 @@ class GPUWorker:
         return peak
 
     def _initialize_kv_cache(self, num_slots: int) -> None:
-        """Give every attention layer its slots, and one more that takes what nobody reads."""
+        """Give every attention layer its slots, and one more that takes what nobody reads.
+
+        They are not cleared: no slot is read before it is written, and only what is written takes memory on a CPU.
+        """
         for layer in self.layers:
             shape = (num_slots + 1, layer.num_kv_heads, layer.head_dim)
-            layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            layer.k_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            layer.v_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def close(self) -> None:
         """Drop model and cache and give the memory back."""

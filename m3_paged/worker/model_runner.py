@@ -6,7 +6,6 @@ import torch
 
 from ..attention.ops import copy_blocks
 from ..core.sched.output import SchedulerOutput
-from ..model_executor.layers.attention import Attention
 from ..model_executor.models.llama import LlamaForCausalLM
 from ..outputs import ModelRunnerOutput
 from ..sample.sampler import Sampler
@@ -18,14 +17,14 @@ class ModelRunner:
 
     Args:
         model: with its attention layers' caches bound.
+        kv_caches: all of these, K and V of every layer.
     """
 
-    def __init__(self, model: LlamaForCausalLM, input_batch: InputBatch) -> None:
+    def __init__(self, model: LlamaForCausalLM, input_batch: InputBatch, kv_caches: list[torch.Tensor]) -> None:
         self.model = model
         self.input_batch = input_batch
         self.sampler = Sampler()
-        layers = [module for module in model.modules() if isinstance(module, Attention)]
-        self.kv_caches = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
+        self.kv_caches = kv_caches
 
     @torch.inference_mode()
     def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:

@@ -142,8 +142,8 @@ def test_a_decode_step_writes_one_slot(stage: ModuleType, make_llm: MakeLLM) -> 
             before = [cache.clone() for cache in caches(stage, llm)]
             llm.engine.step()
             for old, new in zip(before, caches(stage, llm), strict=True):
-                changed = (old.view(torch.int32) != new.view(torch.int32))[:-1].flatten(1).any(1)  # NaN is not NaN
-                changed = changed.nonzero().flatten().tolist()
+                differs = old.view(torch.int32) != new.view(torch.int32)  # bit by bit: NaN is not equal to NaN
+                changed = differs[:-1].flatten(1).any(1).nonzero().flatten().tolist()
                 assert changed == sorted(steps.slots[-1])
     assert [len(slots) for slots in steps.slots] == [3, 1, 1, 1, 1, 1]
 

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
+
+from .conftest import submodule
+
+_BACKENDS = {
+    "naive": ("torch_naive", "NaiveBackend"),
+    "paged": ("paged", "PagedBackend"),
+    "flash": ("flash_attn", "FlashAttentionBackend"),
+}
+
+
+def attention(stage: ModuleType, backend: str) -> Callable[..., torch.Tensor]:
+    """What computes attention: f(q, k_cache, v_cache, metadata, scale). Before m4 a backend was just that function."""
+    module_name, class_name = _BACKENDS[backend]
+    module = submodule(stage, f"attention.backends.{module_name}")
+    function: Callable[..., torch.Tensor]
+    if hasattr(module, class_name):
+        function = getattr(module, class_name)().forward
+    else:
+        function = getattr(module, f"{backend}_attention")
+    return function
 
 
 def model_of(llm: Any) -> Any:

@@ -106,6 +106,17 @@ def engine_logits(stage: ModuleType, llm: Any, prompt: list[int], max_tokens: in
     params = stage.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_class, "forward", recording_forward)
+        worker = getattr(getattr(llm, "engine", None), "worker", None)
+        recorded = getattr(getattr(worker, "model_runner", None), "cuda_graphs", None)
+        if recorded is not None:  # its steps do not pass through `forward`
+            replay = recorded.replay
+
+            def recording_replay(input_ids: torch.Tensor, positions: torch.Tensor, metadata: Any) -> torch.Tensor:
+                hidden = replay(input_ids, positions, metadata)
+                rows.update(zip(positions.tolist(), recorded.model.compute_logits(hidden).cpu(), strict=True))
+                return hidden
+
+            patch.setattr(recorded, "replay", recording_replay)
         (output,) = llm.generate([prompt], params, use_tqdm=False)
     token_ids = [*prompt, *output.token_ids[:-1]]
     return token_ids, torch.stack([rows[position] for position in range(len(token_ids))])

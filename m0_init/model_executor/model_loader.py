@@ -8,7 +8,9 @@ is reported in one error.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from .layers.linear import Linear, copy_weight
 from .models import get_model_class
 from .models.llama import LlamaForCausalLM
+
+logger = logging.getLogger(__name__)
 
 # What the engine reads of a repository on the hub: no pickles, no copies of the weights in other formats.
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -106,6 +110,7 @@ def load_model(
     Raises:
         ValueError: the config asks for something unsupported, or the tensors are not the model's.
     """
+    started = time.perf_counter()
     if getattr(hf_config, "quantization_config", None):
         raise ValueError(f"the checkpoint in {folder} is quantised, which is not supported; use the original one")
     model_class = get_model_class(hf_config.architectures)
@@ -122,6 +127,16 @@ def load_model(
         initialize_dummy_weights(model, seed)
     else:
         load_weights(model, read_safetensors(folder))
+    params = list(model.parameters())
+    logger.info(
+        "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
+        type(model).__name__,
+        sum(p.numel() for p in params) / 1e6,
+        sum(p.nbytes for p in params) / 2**20,
+        str(dtype).removeprefix("torch."),
+        device,
+        time.perf_counter() - started,
+    )
     return model
 
 

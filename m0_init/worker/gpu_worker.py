@@ -6,8 +6,6 @@ A CPU is a device too; the name is vLLM's.
 from __future__ import annotations
 
 import gc
-import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from ..config import EngineConfig
 from ..model_executor.model_loader import load_model
 from ..utils.common import resolve_device, resolve_dtype, resolve_max_model_len
 from .model_runner import ModelRunner
-
-logger = logging.getLogger(__name__)
 
 
 class GPUWorker:
@@ -33,21 +29,10 @@ class GPUWorker:
     """
 
     def __init__(self, config: EngineConfig, folder: Path, hf_config: PretrainedConfig) -> None:
-        started = time.perf_counter()
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config)
         self.max_model_len = resolve_max_model_len(config.max_model_len, hf_config)
         model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
-        params = list(model.parameters())
-        logger.info(
-            "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
-            type(model).__name__,
-            sum(p.numel() for p in params) / 1e6,
-            sum(p.nbytes for p in params) / 2**20,
-            str(self.dtype).removeprefix("torch."),
-            self.device,
-            time.perf_counter() - started,
-        )
         self.config = replace(
             config,
             device=str(self.device),

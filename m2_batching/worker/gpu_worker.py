@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,20 +40,9 @@ class GPUWorker:
     """
 
     def __init__(self, config: EngineConfig, folder: Path, hf_config: PretrainedConfig) -> None:
-        started = time.perf_counter()
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config)
         model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
-        params = list(model.parameters())
-        logger.info(
-            "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
-            type(model).__name__,
-            sum(p.numel() for p in params) / 1e6,
-            sum(p.nbytes for p in params) / 2**20,
-            str(self.dtype).removeprefix("torch."),
-            self.device,
-            time.perf_counter() - started,
-        )
         layers = [module for module in model.modules() if isinstance(module, Attention)]
         self.max_model_len, max_num_seqs = self._fit_cache(config, hf_config, kv_bytes_per_token(layers, self.dtype))
         self.num_slots = max_num_seqs * self.max_model_len  # a row, and so a block, for each sequence

@@ -23,7 +23,7 @@ class AttentionMetadata:
     block_table: int32 [N, max_blocks]; the blocks that hold each sequence's tokens, in order.
     block_size: slots in a block: position p of sequence i is in slot
         block_table[i, p // block_size] * block_size + p % block_size.
-    padding: for a backend to keep what all layers share.
+    shared: for a backend to keep what all layers share.
     """
 
     query_start_loc: torch.Tensor
@@ -33,4 +33,4 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     block_table: torch.Tensor
     block_size: int
-    padding: Any = None
+    shared: Any = None

@@ -70,7 +70,8 @@ class KVCacheManager:
             self.block_copies.append((table[first], copy))
             pool.free_blocks([table[first]])
             table[first] = copy
-        table += pool.get_new_blocks(num_new)
+        if num_new > 0:
+            table += pool.get_new_blocks(num_new)
         return True
 
     def take_block_copies(self) -> list[tuple[int, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,21 +47,11 @@ class GPUWorker:
     """
 
     def __init__(self, config: EngineConfig, folder: Path, hf_config: PretrainedConfig) -> None:
-        started = time.perf_counter()
         self.device = resolve_device(config.device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # Triton launches on the current device
         self.dtype = resolve_dtype(config.dtype, hf_config)
-        model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
-        params = list(model.parameters())
-        logger.info(
-            "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
-            type(model).__name__,
-            sum(p.numel() for p in params) / 1e6,
-            sum(p.nbytes for p in params) / 2**20,
-            str(self.dtype).removeprefix("torch."),
-            self.device,
-            time.perf_counter() - started,
-        )
-        self.model = model
+        model = self.model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
         self.layers = [module for module in model.modules() if isinstance(module, Attention)]
         for layer in self.layers:
             layer.backend = naive_attention if config.attention_backend == "naive" else paged_attention

@@ -55,9 +55,11 @@ class InputBatch:
             if seq.seq_id not in self.rows:
                 self.rows[seq.seq_id] = self._free_rows.pop()
                 self.num_blocks[seq.seq_id] = 0
-            known = max(self.num_blocks[seq.seq_id] - 1, 0)  # only the newest may have been replaced, by a copy
-            self.num_blocks[seq.seq_id] = len(seq.block_table)
-            self.block_table[self.rows[seq.seq_id], known : len(seq.block_table)] = seq.block_table[known:]
+            known, num_blocks = self.num_blocks[seq.seq_id], len(seq.block_table)
+            if num_blocks > known or scheduled.block_copies:
+                known = max(known - 1, 0)  # only the newest may have been replaced, by a copy
+                self.block_table[self.rows[seq.seq_id], known:num_blocks] = seq.block_table[known:]
+                self.num_blocks[seq.seq_id] = num_blocks
 
     def prepare_inputs(self, scheduled: SchedulerOutput) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
         """What the model runs on: input_ids int64 [T], positions int64 [T], and how they divide into sequences."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from ..checkpoints import VOCAB_SIZE
 from ..conftest import submodule
+from ..inside import attention
 from ..property.test_scheduler import make_seqs
 
 pytestmark = pytest.mark.since("m2")
@@ -132,6 +134,56 @@ def test_two_rows_of_a_large_cache(stage: ModuleType) -> None:
     seqs = [make_seq(stage, f"{block}", [5] * 3, [block]) for block in (255, 0)]
     _, _, metadata = run_update(stage, batch, seqs)
     assert metadata.slot_mapping.tolist() == [255 * 2**24 + 2, 2]
+
+
+# ---------------------------------------------------------------------- to the device
+
+
+@pytest.mark.since("m4")
+@given(
+    shapes=st.lists(
+        st.integers(0, 9).map(lambda n: (n,)) | st.tuples(st.integers(1, 4), st.integers(1, 5)), max_size=6
+    ),
+    num_long=st.integers(0, 6),
+    rounds=st.integers(1, 3),
+)
+def test_to_device(shapes: list[tuple[int, ...]], num_long: int, rounds: int, stage: ModuleType) -> None:
+    """Many arrays, first those of 64 bits, go as one and come out as they were; whoever has them keeps them."""
+    batch = make_batch(stage)
+    sent: list[tuple[np.ndarray, torch.Tensor]] = []
+    for number in range(rounds):
+        arrays = []
+        for at, shape in enumerate(shapes):
+            dtype = np.int64 if at < num_long else np.int32
+            limits = np.iinfo(dtype)
+            generator = np.random.default_rng([number, at])
+            arrays.append(generator.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True))
+        if not arrays:
+            break
+        given = [array.copy() for array in arrays]
+        tensors = batch._to_device(*arrays)
+        for array in arrays:
+            array.fill(0)
+        assert len(tensors) == len(given)
+        sent += zip(given, tensors, strict=True)
+    for array, tensor in sent:
+        assert tensor.shape == array.shape and tensor.dtype == torch.from_numpy(array).dtype
+        assert tensor.tolist() == array.tolist()
+
+
+@pytest.mark.since("m4")
+def test_a_larger_step_after_a_smaller_one(stage: ModuleType) -> None:
+    """What they pass through grows, and does not shrink; a table that is a slice of another is no obstacle."""
+    batch = make_batch(stage)
+    sizes, buffers = [], []
+    for length in (3, 100, 2, 199, 4000, 1):
+        table = np.arange(2 * length, dtype=np.int32).reshape(2, length)[:, : length // 2 + 1]
+        ids, columns = batch._to_device(np.arange(length), table)
+        assert ids.tolist() == list(range(length)) and columns.tolist() == table.tolist()
+        sizes.append(len(batch._staging))
+        buffers.append(batch._staging.data_ptr())
+    assert sizes == sorted(sizes)
+    assert buffers[1] == buffers[2] and buffers[4] == buffers[5], "a new one for a smaller step"
 
 
 # ---------------------------------------------------------------------- rows
@@ -339,7 +391,7 @@ def test_naive_attention_of_several_sequences(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(naive.MAX_KEYS, "cpu", max_keys)
         patch.setitem(naive.MAX_SCORES, "cpu", max_scores)
-        ours = naive.naive_attention(torch.cat(queries), k_cache, v_cache, metadata, 0.6)
+        ours = attention(stage, "naive")(torch.cat(queries), k_cache, v_cache, metadata, 0.6)
     assert ours.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
     torch.testing.assert_close(ours.float(), torch.cat(expected), atol=tolerance, rtol=tolerance)
@@ -376,7 +428,7 @@ def test_memory_of_padding_is_bounded(stage: ModuleType, monkeypatch: pytest.Mon
     cache = torch.zeros(30 * len(lens) + 1, num_kv_heads, 8)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "bmm", recording_bmm)
-        naive.naive_attention(torch.zeros(sum(lens), num_heads, 8), cache, cache, metadata, 1.0)
+        attention(stage, "naive")(torch.zeros(sum(lens), num_heads, 8), cache, cache, metadata, 1.0)
     assert max(num_keys) <= 100 and len(scores) > len(num_keys)
     assert len(num_keys) == 2 * 5, "1, 7 and 13 tokens stay apart; of the others three at a time"
     assert sum(num_keys[::2]) == 1 + 7 + 13 + 5 * 30, "the short ones were padded to the longest of all"

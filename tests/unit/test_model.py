@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from ..checkpoints import SPECS, VOCAB_SIZE
 from ..conftest import GetOracle, MakeLLM, submodule
+from ..inside import attention
 from ..oracle import LOGIT_TOLERANCE
 
 
@@ -138,7 +139,7 @@ def attend(stage: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         given["block_table"] = torch.zeros(1, 1, dtype=torch.int32)
         given["block_size"] = block_size
     metadata = submodule(stage, "attention.metadata").AttentionMetadata(**given)
-    return submodule(stage, "attention.backends.torch_naive").naive_attention(q, k, v, metadata, scale)
+    return attention(stage, "naive")(q, k, v, metadata, scale)
 
 
 def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -211,7 +212,7 @@ def test_flat_sequences_do_not_see_each_other(stage: ModuleType, lengths: list[i
     total = sum(lengths)
     q, k, v = randn(total, 4, 8), randn(total, 2, 8, seed=1), randn(total, 2, 8, seed=2)
     metadata = flat_metadata(stage, lengths)
-    together = submodule(stage, "attention.backends.torch_naive").naive_attention(q, k, v, metadata, 0.3)
+    together = attention(stage, "naive")(q, k, v, metadata, 0.3)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     alone = torch.cat([reference_attention(*part, scale=0.3) for part in parts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)

@@ -34,10 +34,10 @@ def naive_attention(
     Returns:
         [T, num_heads, head_dim].
     """
-    if metadata.padding is None:
-        metadata.padding = list(pad(metadata))  # by the first layer, for all
+    if metadata.shared is None:
+        metadata.shared = list(pad(metadata))  # by the first layer, for all
     out = torch.empty_like(q)
-    for group in metadata.padding:
+    for group in metadata.shared:
         k, v = _gather(k_cache, group.slots), _gather(v_cache, group.slots)
         padded = _attend(q[group.rows], k, v, group, scale)  # [n, Q, H, D]
         out[group.tokens] = padded.flatten(0, 1)[group.cells]

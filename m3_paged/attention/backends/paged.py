@@ -63,8 +63,8 @@ def paged_decode_reference(
 
 # Keys that a program reads at a time, the fewest worth a program of their own, and the most programs for a sequence.
 _TILE = 64
-_MIN_SPLIT = 256
-_MAX_SPLITS = 64
+_MIN_SPLIT = 64
+_MAX_SPLITS = 32
 
 
 def paged_decode(
@@ -85,20 +85,21 @@ def paged_decode(
     """
     (num_seqs, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[1]
     num_splits = choose_num_splits(num_seqs * num_kv_heads, metadata.max_seq_len, q.device)
-    split_len = triton.cdiv(triton.cdiv(metadata.max_seq_len, num_splits), _TILE) * _TILE
     out = q.new_empty(q.shape)
     # What each program leaves: a weighted sum of values relative to its maximum, and log(sum of weights) + maximum.
     shape = (num_seqs, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
     partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     groups = num_heads // num_kv_heads
-    constants = {"HEAD_DIM": head_dim, "PADDED_DIM": triton.next_power_of_2(head_dim)}
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    constants = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim}
+    tile = _TILE if padded_dim * q.element_size() <= 512 else _TILE // 2  # what a multiprocessor has room for
     _decode_kernel[(num_seqs, num_kv_heads, num_splits)](
         q, k_cache, v_cache, metadata.block_table, metadata.seq_lens, out, partial, partial_lse,
         scale * 1.4426950408889634,  # log2(e): the kernel works with powers of two
-        q.stride(0), metadata.block_table.stride(0), split_len, num_splits,
+        q.stride(0), metadata.block_table.stride(0), num_splits,
         NUM_KV_HEADS=num_kv_heads, GROUPS=groups, PADDED_GROUPS=max(16, triton.next_power_of_2(groups)),
-        BLOCK_SIZE=metadata.block_size, TILE=_TILE, IS_SPLIT=num_splits > 1, **constants,
+        BLOCK_SIZE=metadata.block_size, TILE=tile, MIN_SPLIT=_MIN_SPLIT, IS_SPLIT=num_splits > 1, **constants,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     if num_splits > 1:
@@ -111,21 +112,26 @@ def paged_decode(
 def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> int:
     """Programs for each (sequence, KV head): enough to fill the device, none with very little to do."""
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = triton.cdiv(4 * num_units, num_programs)
+    wanted = 4 * num_units // num_programs
     return max(1, min(wanted, triton.cdiv(max_seq_len, _MIN_SPLIT), _MAX_SPLITS))
 
 
 if triton is not None:
     # What changes from step to step is no constant: each new value of a constant would be compiled anew.
-    @triton.jit(do_not_specialize=["q_stride", "table_stride", "split_len", "num_splits"])
+    @triton.jit(
+        do_not_specialize=["q_stride", "table_stride", "num_splits"],
+        do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr"],
+    )
     def _decode_kernel(  # type: ignore[no-untyped-def]
         q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, out_ptr, partial_ptr, lse_ptr, scale,
-        q_stride, table_stride, split_len, num_splits,
+        q_stride, table_stride, num_splits,
         NUM_KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-        TILE: tl.constexpr, IS_SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+        TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, IS_SPLIT: tl.constexpr,
+        HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ):  # fmt: skip
         seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         seq_len = tl.load(seq_lens_ptr + seq)
+        split_len = tl.maximum(tl.cdiv(tl.cdiv(seq_len, num_splits), TILE) * TILE, MIN_SPLIT)
         start = split * split_len
         end = tl.minimum(start + split_len, seq_len)
 
@@ -158,14 +164,13 @@ if triton is not None:
             total = total * correction[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             running_max = new_max
 
+        running_sum = tl.where(start < seq_len, running_sum, 1.0)  # without keys: a result of 0, of weight 2 ** -1e30
+        result = total / running_sum[:, None]
         if not IS_SPLIT:
-            result = total / running_sum[:, None]
             tl.store(
                 out_ptr + rows[:, None] * HEAD_DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask
             )
         else:
-            running_sum = tl.where(start < seq_len, running_sum, 1.0)  # a part without keys: weight 2 ** -1e30
-            result = total / running_sum[:, None]
             lse = running_max + tl.log2(running_sum)
             index = rows * num_splits + split
             tl.store(partial_ptr + index[:, None] * HEAD_DIM + dim[None, :], result, mask=q_mask)

@@ -130,9 +130,9 @@ def run(engine: Any, workload: Workload | str, *, warmup: bool = True, **engine_
     """Runs `workload` and times every token.
 
     `engine` is an open LLM of any stage, or a stage's name: then an LLM is made with `engine_options` (the embedded
-    model unless they name another), and closed again. All requests are sent at once, but for turns of a conversation,
-    which wait for the turn before. With `warmup`, a two-token request goes first and is not counted. What the stage
-    cannot do as the workload asks is said in `Result.notes`.
+    model unless they name another), and closed again. All requests are sent at once, but for those that arrive at a
+    later step, and for turns of a conversation, which wait for the turn before. With `warmup`, a two-token request goes
+    first and is not counted. What the stage cannot do as the workload asks is said in `Result.notes`.
     """
     if isinstance(engine, str):
         with load_stage(engine).LLM(**{"model": str(TINY), **engine_options}) as llm:
@@ -158,7 +158,8 @@ def run(engine: Any, workload: Workload | str, *, warmup: bool = True, **engine_
             if request.follows is not None:
                 histories[index] = histories[request.follows] + request.prompt_token_ids
             jobs += _jobs(index, request, histories[index], params_type, has_n)
-        for trace in _generate(engine, jobs, start) if _notes_times(engine) else _stream(engine, jobs, start):
+        send = _stream if not _notes_times(engine) else _step if any(job.arrival_step for job in jobs) else _generate
+        for trace in send(engine, jobs, start):
             traces[trace.request, trace.sample] = trace
         for index in turn:
             histories[index] = histories[index] + traces[index, 0].token_ids
@@ -168,7 +169,7 @@ def run(engine: Any, workload: Workload | str, *, warmup: bool = True, **engine_
         seconds=time.perf_counter() - start,
         traces=[traces[key] for key in sorted(traces)],
         peak_memory_bytes=_peak_memory(),
-        notes=_notes(workload.requests, has_n),
+        notes=_notes(workload.requests, has_n, _notes_times(engine)),
     )
 
 
@@ -178,6 +179,7 @@ class _Job:
     sample: int
     prompt: list[int]
     params: Any
+    arrival_step: int
 
 
 def _turns(requests: list[WorkloadRequest]) -> list[list[int]]:
@@ -198,11 +200,11 @@ def _jobs(index: int, request: WorkloadRequest, prompt: list[int], params_type: 
     if has_n or request.n == 1:
         if request.n > 1:
             options["n"] = request.n
-        yield _Job(index, 0, prompt, params_type(seed=request.seed, **options))
+        yield _Job(index, 0, prompt, params_type(seed=request.seed, **options), request.arrival_step)
         return
     for sample in range(request.n):
         seed = None if request.seed is None else request.seed + sample
-        yield _Job(index, sample, prompt, params_type(seed=seed, **options))
+        yield _Job(index, sample, prompt, params_type(seed=seed, **options), request.arrival_step)
 
 
 def _notes_times(llm: Any) -> bool:
@@ -216,11 +218,32 @@ def _generate(llm: Any, jobs: list[_Job], start: float) -> Iterable[SequenceTrac
     sent = time.perf_counter() - start
     outputs = llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
     for job, output in zip(jobs, outputs, strict=True):
-        for completion, times in zip(output.outputs, output.metrics.token_times, strict=True):
-            trace = SequenceTrace(job.request, job.sample + completion.index, len(job.prompt), sent)
-            trace.token_times = [moment - start for moment in times]
-            trace.token_ids = list(completion.token_ids)
-            yield trace
+        yield from _traces_of(job, output, sent, start)
+
+
+def _step(llm: Any, jobs: list[_Job], start: float) -> Iterable[SequenceTrace]:
+    """Steps the engine by hand, and sends each job before the step that it is to arrive at."""
+    engine, step = llm.engine, 0
+    coming = deque(sorted(jobs, key=lambda job: job.arrival_step))
+    sent: list[tuple[_Job, Any, float]] = []
+    while coming or engine.has_unfinished_requests():
+        while coming and coming[0].arrival_step <= step:
+            job, request_id = coming.popleft(), f"lab-{len(sent)}"
+            now = time.perf_counter() - start
+            engine.add_request(request_id, job.prompt, job.params)
+            sent.append((job, engine.get_output(request_id), now))
+        engine.step()
+        step += 1
+    for job, output, now in sent:
+        yield from _traces_of(job, output, now, start)
+
+
+def _traces_of(job: _Job, output: Any, sent: float, start: float) -> Iterator[SequenceTrace]:
+    for completion, times in zip(output.outputs, output.metrics.token_times, strict=True):
+        trace = SequenceTrace(job.request, job.sample + completion.index, len(job.prompt), sent)
+        trace.token_times = [moment - start for moment in times]
+        trace.token_ids = list(completion.token_ids)
+        yield trace
 
 
 def _stream(llm: Any, jobs: list[_Job], start: float) -> Iterable[SequenceTrace]:
@@ -248,11 +271,11 @@ def _stream(llm: Any, jobs: list[_Job], start: float) -> Iterable[SequenceTrace]
     return traces.values()
 
 
-def _notes(requests: list[WorkloadRequest], has_n: bool) -> list[str]:
+def _notes(requests: list[WorkloadRequest], has_n: bool, has_steps: bool) -> list[str]:
     notes = []
     if any(request.n > 1 for request in requests) and not has_n:
         notes.append("this stage has no n: every sample was sent as a request of its own")
-    if any(request.arrival_step for request in requests):
+    if any(request.arrival_step for request in requests) and not has_steps:
         notes.append("every request was sent at the start: arrival steps were not kept")
     return notes
 

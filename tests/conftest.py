@@ -138,6 +138,12 @@ def submodule(stage: ModuleType, name: str) -> ModuleType:
     return importlib.import_module(f"{stage.__name__}.{name}")
 
 
+def phases_apart(stage: ModuleType) -> dict[str, Any]:
+    """Options with which no step mixes prompts and decodes, as before m5: prompts whole, in steps of their own."""
+    has_chunks = "enable_chunked_prefill" in stage.EngineConfig.__annotations__
+    return {"enable_chunked_prefill": False} if has_chunks else {}
+
+
 # ---------------------------------------------------------------------- pytest
 
 

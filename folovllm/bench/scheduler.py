@@ -91,6 +91,7 @@ def settled_config(stage: ModuleType, num_seqs: int, max_model_len: int) -> Any:
         "max_model_len": max_model_len,
         "max_num_seqs": num_seqs,
         "max_num_batched_tokens": 8192,
+        "max_chunk_size": 2048,
         "block_size": block_size,
         "num_kv_blocks": num_seqs * (-(-max_model_len // block_size) + 1),  # nobody is preempted
     }

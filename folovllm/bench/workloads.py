@@ -115,8 +115,10 @@ def _long_arrivals(draw: _Draw) -> Workload:
     requests = [WorkloadRequest(draw.tokens(64), steady) for _ in range(decodes)]
     for step in range(every, steady, every):
         requests.append(WorkloadRequest(draw.tokens(long_prompt), 16, arrival_step=step))
-        requests += [WorkloadRequest(draw.tokens(32), 16, arrival_step=step + 1) for _ in range(2)]
-    description = f"{decodes} decodes; every {every} steps a prompt of {long_prompt:,} and two short ones behind it"
+        requests += [WorkloadRequest(draw.tokens(32), 16, arrival_step=step) for _ in range(2)]
+    description = (
+        f"{decodes} decodes; every {every} steps a prompt of {long_prompt:,} and two short ones right behind it"
+    )
     return Workload("long_arrivals", description, requests)
 
 

@@ -28,3 +28,29 @@ def test_every_token_has_a_time(stage: ModuleType, make_llm: MakeLLM) -> None:
     )
     outputs = llm.generate([[3, 4, 5], [7, 8], [7, 8]], [greedy, *seeded], use_tqdm=False)
     assert [trace.token_ids for trace in result.traces] == [output.token_ids for output in outputs]
+
+
+def test_arrival_steps_are_kept(stage: ModuleType, make_llm: MakeLLM) -> None:
+    """A request comes before the step that it names; the first stage cannot be stepped, and its notes say so."""
+    llm = make_llm(max_model_len=64)
+    requests = [WorkloadRequest([3, 4, 5], 12), WorkloadRequest([7, 8], 4, arrival_step=5)]
+    steps = getattr(getattr(llm, "engine", None), "stats", None)
+    if steps is not None:
+        steps.clear()
+    result = lab.run(llm, Workload("late", "the second comes at step 5", requests), warmup=False)
+    first, second = result.traces
+    assert [len(first.token_times), len(second.token_times)] == [12, 4]
+    if steps is None:
+        assert result.notes == ["every request was sent at the start: arrival steps were not kept"]
+        assert first.sent == second.sent
+        return
+    assert result.notes == []
+    assert first.token_times[4] < second.sent < first.token_times[5]
+    took_part = [{seq_id.rsplit("-", 1)[0] for seq_id in record.seq_ids} for record in steps.steps]
+    assert took_part[:5] == [{"lab-0"}] * 5 and len(set.union(*took_part)) == 2
+    expected = llm.generate(
+        [[3, 4, 5], [7, 8]],
+        [stage.SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True) for num in (12, 4)],
+        use_tqdm=False,
+    )
+    assert [trace.token_ids for trace in result.traces] == [output.token_ids for output in expected]

@@ -24,7 +24,7 @@ from folovllm.stages import known_stages
 
 from .. import strategies
 from ..checkpoints import SPECS, VOCAB_SIZE
-from ..conftest import CheckpointPath, GetOracle, MakeLLM, Milestone, open_llm, submodule
+from ..conftest import CheckpointPath, GetOracle, MakeLLM, Milestone, open_llm, phases_apart, submodule
 from ..unit.test_cache import caches
 from .test_engine import check_empty, result_of
 
@@ -179,7 +179,8 @@ def test_output_survives_urgent_preemption(stage: ModuleType, make_llm: MakeLLM,
             assert output.token_ids[: len(ids)] == ids, "output was lost, or came twice"
             seen[output.request_id] = list(output.token_ids)
             outputs[output.request_id] = output
-    assert counts["urgent"] - before >= 3
+    has_chunks = getattr(llm.config, "enable_chunked_prefill", False)  # one came in a step with decodes: one row less
+    assert counts["urgent"] - before >= (2 if has_chunks else 3)
     for number, request in enumerate(requests):
         check_as_alone(stage, llm, get_oracle("qwen3"), request, outputs[f"x{number}"])
     assert len(outputs["x1"].outputs[0].logprobs) == 14
@@ -248,7 +249,6 @@ def test_parameters_have_an_effect(stage: ModuleType, make_llm: MakeLLM) -> None
 # ---------------------------------------------------------------------- one row is one request at a time
 
 
-@pytest.mark.until("m4")  # from m5 on a step has no phase
 def test_one_row_is_the_stage_before(
     stage: ModuleType, checkpoint_path: CheckpointPath, request: pytest.FixtureRequest
 ) -> None:
@@ -259,7 +259,7 @@ def test_one_row_is_the_stage_before(
     runs = []
     for package, switch in (
         (before, {"max_num_seqs": 1} if "max_num_seqs" in names else {}),
-        (stage, {"max_num_seqs": 1}),
+        (stage, {"max_num_seqs": 1, **phases_apart(stage)}),
     ):
         with open_llm(package, checkpoint_path("qwen2"), max_model_len=MAX_MODEL_LEN, **switch) as llm:
 

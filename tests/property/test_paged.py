@@ -24,7 +24,7 @@ from folovllm.stages import known_stages
 
 from .. import strategies
 from ..checkpoints import SPECS
-from ..conftest import CheckpointPath, GetOracle, MakeLLM, open_llm, submodule
+from ..conftest import CheckpointPath, GetOracle, MakeLLM, open_llm, phases_apart, submodule
 from ..unit.test_cache import caches
 from .test_batching import failing_at, finish_all
 from .test_engine import check_empty, result_of
@@ -67,6 +67,7 @@ class EventsWithBlocks(Events):
             scheduling_policy=policy,
             block_size=block_size,
             num_kv_blocks=self.num_blocks,
+            **phases_apart(self.stage),
         )
         self.scheduler.watermark_blocks = self.watermark = watermark  # 1 % of so few would be none
         self.manager = self.scheduler.kv_cache_manager
@@ -228,7 +229,6 @@ class EventsWithBlocks(Events):
             self.manager.block_pool.check_integrity([])
 
 
-@pytest.mark.until("m3")  # m4 finds blocks again that were freed
 def test_any_order_of_events_with_few_blocks(stage: ModuleType) -> None:
     run_events(stage, EventsWithBlocks)
 
@@ -295,7 +295,7 @@ def test_nobody_is_admitted_in_a_step_that_ran_out_of_blocks(stage: ModuleType, 
 
 def test_the_least_urgent_gives_way(stage: ModuleType) -> None:
     """Items 25 and 28: the largest (priority, arrival), wherever it stands; its output is kept and computed again."""
-    drive = with_blocks(stage, 15, 16, max_model_len=240, scheduling_policy="priority")
+    drive = with_blocks(stage, 15, 16, max_model_len=240, scheduling_policy="priority", **phases_apart(stage))
     for name, priority, arrival in (("late", 3, 1.0), ("good", 0, 2.0), ("early", 3, 0.0)):
         drive.add(name, 80, 30, priority=priority, arrival=arrival)
         if name != "good":
@@ -316,7 +316,7 @@ def test_the_least_urgent_gives_way(stage: ModuleType) -> None:
 
 def test_an_urgent_one_takes_blocks(stage: ModuleType) -> None:
     """Rows are free, and blocks are not: the least urgent gives his, and this step admits."""
-    drive = with_blocks(stage, 10, 16, max_model_len=160, scheduling_policy="priority")
+    drive = with_blocks(stage, 10, 16, max_model_len=160, scheduling_policy="priority", **phases_apart(stage))
     drive.add("a", 70, 9, priority=1)
     drive.add("b", 70, 9, priority=2)
     drive.step()
@@ -833,7 +833,7 @@ def test_without_paging_it_is_the_stage_before(stage: ModuleType, checkpoint_pat
             return [[getattr(step, name) for name in names] for step in engine.stats.steps], results
 
     for policy in ("fcfs", "priority"):
-        steps, results = run(stage, policy, enable_paged_kv=False)
+        steps, results = run(stage, policy, enable_paged_kv=False, **phases_apart(stage))
         assert (steps, results) == run(before, policy)
         assert {len(step[2]) for step in steps} >= {1, 3}
 
@@ -888,7 +888,8 @@ def test_what_does_not_fit_is_refused_with_what_would(
 
 def test_slots_by_hand(stage: ModuleType, checkpoint_path: CheckpointPath) -> None:
     """Blocks of four, seven of them: one of 5 tokens, three siblings of 6, and one who does not fit."""
-    with open_llm(stage, checkpoint_path("qwen3"), num_kv_blocks=7, block_size=4, max_model_len=28) as llm:
+    sizes = {"num_kv_blocks": 7, "block_size": 4, "max_model_len": 28}
+    with open_llm(stage, checkpoint_path("qwen3"), **sizes, **phases_apart(stage)) as llm:
 
         def params(max_tokens: int, n: int = 1) -> Any:
             return stage.SamplingParams(seed=1, max_tokens=max_tokens, ignore_eos=True, n=n)

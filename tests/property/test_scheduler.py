@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from ..conftest import submodule
+from ..conftest import phases_apart, submodule
 
 pytestmark = pytest.mark.since("m2")
 
@@ -69,6 +69,8 @@ def make_scheduler(stage: ModuleType, **options: Any) -> Any:
         # As many blocks as rows, each for all of a sequence: this file is about rows, test_paged.py about blocks.
         paging = {"enable_paged_kv": False, "block_size": 1024, "num_kv_blocks": options["max_num_seqs"]}
         options = {**paging, **options}
+    if "max_chunk_size" in stage.EngineConfig.__annotations__:
+        options = {"max_chunk_size": 2048, **options}
     config = stage.EngineConfig(**options)
     return submodule(stage, "core.sched.scheduler").Scheduler(config)
 
@@ -79,6 +81,11 @@ def make_output(stage: ModuleType, token_ids: list[int], errors: dict[int, str] 
 
 def ids(seqs: Iterable[Any]) -> list[str]:
     return [seq.seq_id for seq in seqs]
+
+
+def sampled_seqs(scheduled: Any) -> list[Any]:
+    """Who gets a token. Before m5 all do."""
+    return list(getattr(scheduled, "sampled_seqs", scheduled.seqs))
 
 
 def num_tokens(scheduled: Any) -> list[int]:
@@ -114,7 +121,12 @@ class Events(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.budget,
             scheduling_policy=policy,
+            **self.options(),
         )
+
+    def options(self) -> dict[str, Any]:
+        """More options of the scheduler."""
+        return {}
 
     # ------------------------------------------------------------------ events
 
@@ -182,14 +194,15 @@ class Events(RuleBasedStateMachine):
         scheduled = self.schedule()
         # Whoever has tokens left to compute after this step gets none yet.
         complete = [seq for seq in scheduled.seqs if seq.num_computed_tokens == seq.num_tokens]
+        assert sampled_seqs(scheduled) == complete
         self.abort_one_of(scheduled.seqs, leaver)
-        told = [fates[row % len(fates)] for row in range(len(scheduled.seqs))]
+        told = [fates[row % len(fates)] for row in range(len(complete))]
         errors = {row: "ValueError: no" for row, fate in enumerate(told) if fate == "error"}
         token_ids = [EOS if fate == "eos" else ANOTHER_TOKEN for fate in told]
         outputs = self.scheduler.update_from_output(scheduled, make_output(self.stage, token_ids, errors))
         expected = [seq for seq in complete if seq.seq_id in self.seqs]
         assert [output.seq for output in outputs] == expected
-        for row, seq in enumerate(scheduled.seqs):
+        for row, seq in enumerate(complete):
             if seq not in expected:
                 continue
             if told[row] != "error":
@@ -319,6 +332,9 @@ class EventsWithPhasesApart(Events):
         super().__init__(stage)
         self.num_prefills_in_a_row = 0
 
+    def options(self) -> dict[str, Any]:
+        return phases_apart(self.stage)
+
     def check_choice(self, scheduled: Any, waiting: list[Any], running: list[Any], victims: list[Any]) -> None:
         seqs = scheduled.seqs
         forced = self.num_prefills_in_a_row >= 8 and running != []
@@ -373,12 +389,11 @@ def run_events(stage: ModuleType, machine: type[Events]) -> None:
     )
 
 
-@pytest.mark.since("m5")  # until then the test below does this and more
+@pytest.mark.since("m5")  # before, the test below does this and more
 def test_any_order_of_events(stage: ModuleType) -> None:
     run_events(stage, Events)
 
 
-@pytest.mark.until("m4")
 def test_any_order_of_events_with_phases_apart(stage: ModuleType) -> None:
     run_events(stage, EventsWithPhasesApart)
 
@@ -426,7 +441,7 @@ class Drive:
     def step(self, token: Callable[[Any], int] = lambda seq: ANOTHER_TOKEN) -> Any:
         scheduled = self.scheduler.schedule()
         self.steps.append(ids(scheduled.seqs))
-        output = make_output(self.stage, [token(seq) for seq in scheduled.seqs])
+        output = make_output(self.stage, [token(seq) for seq in sampled_seqs(scheduled)])
         for seq_output in self.scheduler.update_from_output(scheduled, output):
             if seq_output.seq.num_output_tokens == 1:
                 self.first.append(seq_output.seq.seq_id)
@@ -474,20 +489,18 @@ def test_first_tokens_come_in_order(
     assert drive.first == [f"{number}-0" for number in range(len(arrivals))]
 
 
-@pytest.mark.until("m4")
 @every_policy
 def test_who_does_not_fit_is_not_overtaken(stage: ModuleType, policy: str) -> None:
     """A small one that would fit stays behind; in the next step both are admitted."""
-    drive = Drive(stage, max_num_seqs=8, max_num_batched_tokens=64, scheduling_policy=policy)
+    drive = Drive(stage, max_num_seqs=8, max_num_batched_tokens=64, scheduling_policy=policy, **phases_apart(stage))
     for number, (name, prompt_len) in enumerate([("a", 40), ("b", 25), ("c", 10), ("d", 10)]):
         drive.add(name, prompt_len, arrival=number)
     assert ids(drive.step().seqs) == ["a-0"]
     assert ids(drive.step().seqs) == ["b-0", "c-0", "d-0"]
 
 
-@pytest.mark.until("m4")
 def test_the_whole_budget_and_not_one_token_more(stage: ModuleType) -> None:
-    drive = Drive(stage, max_num_batched_tokens=64, max_num_seqs=9)
+    drive = Drive(stage, max_num_batched_tokens=64, max_num_seqs=9, **phases_apart(stage))
     for name, prompt_len in [("a", 30), ("b", 34), ("c", 1), ("d", 63), ("e", 1)]:
         drive.add(name, prompt_len, 1)
     scheduled = [drive.step() for _ in range(3)]
@@ -496,10 +509,9 @@ def test_the_whole_budget_and_not_one_token_more(stage: ModuleType) -> None:
     assert [step.is_prefill for step in scheduled] == [True] * 3
 
 
-@pytest.mark.until("m4")
 def test_prefill_first_then_everybody_decodes(stage: ModuleType) -> None:
     """Whoever is done leaves, and his row is taken in the next step."""
-    drive = Drive(stage, max_num_seqs=2)
+    drive = Drive(stage, max_num_seqs=2, **phases_apart(stage))
     drive.add("a", 5, 2)
     drive.add("b", 6, 4)
     drive.add("c", 7, 2)
@@ -510,10 +522,9 @@ def test_prefill_first_then_everybody_decodes(stage: ModuleType) -> None:
     assert [step.retired_seq_ids for step in scheduled] == [[], [], ["a-0"], [], ["c-0"], ["b-0"]]
 
 
-@pytest.mark.until("m4")
 def test_decodes_are_not_starved_by_a_stream_of_newcomers(stage: ModuleType) -> None:
     """Requests of one token each come faster than they are served: after 8 of their steps, one for those that run."""
-    drive = Drive(stage, max_num_seqs=3)
+    drive = Drive(stage, max_num_seqs=3, **phases_apart(stage))
     drive.add("long", 3, 6)
     for number in range(200):
         drive.add(f"{number}a", 1, 1)
@@ -530,10 +541,9 @@ def test_decodes_are_not_starved_by_a_stream_of_newcomers(stage: ModuleType) -> 
     assert drive.first == ["long-0", *names], "the others keep their order"
 
 
-@pytest.mark.until("m4")
 def test_newcomers_need_not_wait_for_an_empty_room(stage: ModuleType) -> None:
     """With nobody running there is nobody to give a step to."""
-    drive = Drive(stage, max_num_seqs=1)
+    drive = Drive(stage, max_num_seqs=1, **phases_apart(stage))
     for number in range(20):
         drive.add(f"{number}", 1, 1)
     assert [drive.step().is_prefill for _ in range(20)] == [True] * 20
@@ -717,10 +727,9 @@ def test_equal_priority_takes_no_row(stage: ModuleType) -> None:
     assert not drive.scheduler.num_preemptions
 
 
-@pytest.mark.until("m4")
 def test_no_more_give_way_than_the_step_can_admit(stage: ModuleType) -> None:
     """Four urgent prompts wait and two fit into the token budget: two rows are taken, and the others a step later."""
-    drive = by_priority(stage, max_num_seqs=4, max_num_batched_tokens=64)
+    drive = by_priority(stage, max_num_seqs=4, max_num_batched_tokens=64, **phases_apart(stage))
     for number in range(4):
         drive.add(f"{number}", 3, 9, priority=5, arrival=number)
     drive.step()
@@ -759,10 +768,9 @@ def test_several_urgent_ones_take_the_least_urgent_rows(stage: ModuleType) -> No
     assert drive.waiting == ["b-0", "u4-0", "c-0"]
 
 
-@pytest.mark.until("m4")
 def test_a_step_that_belongs_to_the_decodes_takes_no_row(stage: ModuleType) -> None:
     """After 8 prefill steps in a row those that run get their step, the victim-to-be among them."""
-    drive = by_priority(stage, max_num_seqs=2)
+    drive = by_priority(stage, max_num_seqs=2, **phases_apart(stage))
     drive.add("slow", 3, 9, priority=5)
     for number in range(8):
         drive.step()
@@ -790,10 +798,9 @@ def test_a_preempted_sequence_may_be_aborted(stage: ModuleType) -> None:
 # ---------------------------------------------------------------------- steps that fail
 
 
-@pytest.mark.until("m4")
 def test_who_was_in_a_failed_step_starts_over(stage: ModuleType) -> None:
     """What the step wrote cannot be trusted. Output is kept, and nobody new comes before those who ran."""
-    drive = Drive(stage, max_num_seqs=2)
+    drive = Drive(stage, max_num_seqs=2, **phases_apart(stage))
     for name in "abc":
         drive.add(name, 3, 4)
     drive.fail()

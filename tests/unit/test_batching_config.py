@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ..checkpoints import SPECS
-from ..conftest import CheckpointPath, MakeLLM, open_llm, submodule
+from ..conftest import CheckpointPath, MakeLLM, open_llm, phases_apart, submodule
 from .test_cache import BYTES_PER_TOKEN, caches
 
 pytestmark = pytest.mark.since("m2")
@@ -87,13 +87,12 @@ def test_everything_is_settled(stage: ModuleType, make_llm: MakeLLM) -> None:
     assert make_llm(max_model_len=64, max_num_batched_tokens=64).config.max_num_batched_tokens == 64
 
 
-@pytest.mark.until("m4")
 def test_a_small_budget_shortens_what_is_left_open(stage: ModuleType, make_llm: MakeLLM) -> None:
     """A prompt of full length fits into a step, and so does a token of every sequence."""
-    config = make_llm(max_num_batched_tokens=100).config
+    config = make_llm(max_num_batched_tokens=100, **phases_apart(stage)).config
     most = 16 if "num_kv_blocks" not in stage.EngineConfig.__annotations__ else 100  # where nobody reserves rows
     assert (config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens) == (100, most, 100)
-    config = make_llm(max_num_batched_tokens=5).config
+    config = make_llm(max_num_batched_tokens=5, **phases_apart(stage)).config
     assert (config.max_model_len, config.max_num_seqs) == (5, 5)
 
 
@@ -273,14 +272,13 @@ def test_more_rows_than_there_is_memory_for(stage: ModuleType, checkpoint_path: 
         assert fills_all_rows(stage, llm)
 
 
-@pytest.mark.until("m4")  # chunks of a prompt take several steps
 def test_a_budget_below_the_longest_prompt_is_refused(stage: ModuleType, checkpoint_path: CheckpointPath) -> None:
     """It would wait for ever. One token more, or a shorter context, is accepted."""
     folder = checkpoint_path("qwen3")
     with pytest.raises(ValueError, match="max_num_batched_tokens=63 is less than max_model_len=64"):
-        open_llm(stage, folder, max_num_batched_tokens=63, max_model_len=64)
+        open_llm(stage, folder, max_num_batched_tokens=63, max_model_len=64, **phases_apart(stage))
     for budget, length in ((64, 64), (63, 63)):
-        with open_llm(stage, folder, max_num_batched_tokens=budget, max_model_len=length) as llm:
+        with open_llm(stage, folder, max_num_batched_tokens=budget, max_model_len=length, **phases_apart(stage)) as llm:
             outputs = llm.generate([[5] * (length - 1), [6] * (length - 1), [7]], greedy(stage), use_tqdm=False)
             assert [len(output.token_ids) for output in outputs] == [1, 1, length - 1]
             assert max(step.num_tokens for step in llm.engine.stats.steps) <= budget

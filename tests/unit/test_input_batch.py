@@ -37,8 +37,10 @@ def make_scheduled(stage: ModuleType, seqs: list[Any], num_tokens: list[int], re
     output = submodule(stage, "core.sched.output").SchedulerOutput
     known: dict[str, Any] = {
         "seqs": list(seqs),
+        "sampled_seqs": [seq for seq in seqs if seq.num_computed_tokens == seq.num_tokens],
         "num_scheduled_tokens": {seq.seq_id: num for seq, num in zip(seqs, num_tokens, strict=True)},
         "is_prefill": True,
+        "is_decode": False,
         "retired_seq_ids": list(retired),
         "block_copies": [],
     }
@@ -56,10 +58,10 @@ def make_seq(stage: ModuleType, name: str, token_ids: list[int], blocks: list[in
 
 
 def run_update(stage: ModuleType, batch: Any, seqs: list[Any], retired: tuple[str, ...] = ()) -> Any:
-    """A decode step of `seqs`; returns its inputs."""
+    """A decode step of `seqs`; returns its inputs: ids, positions, metadata."""
     scheduled = make_scheduled(stage, seqs, [1] * len(seqs), retired)
     batch.update(scheduled)
-    return batch.prepare_inputs(scheduled)
+    return batch.prepare_inputs(scheduled)[:3]
 
 
 # ---------------------------------------------------------------------- flattening
@@ -109,7 +111,7 @@ def test_flattening(parts: list[Part], block_size: int, order: list[int], flip: 
             expected_slots.append(seq.block_table[position // block_size] * block_size + position % block_size)
     scheduled = make_scheduled(stage, [seq for seq, _ in pairs], [part.num_new for _, part in pairs])
     batch.update(scheduled)
-    input_ids, positions, metadata = batch.prepare_inputs(scheduled)
+    input_ids, positions, metadata, *rest = batch.prepare_inputs(scheduled)
 
     assert input_ids.tolist() == expected_ids
     assert positions.tolist() == expected_positions
@@ -126,6 +128,10 @@ def test_flattening(parts: list[Part], block_size: int, order: list[int], flip: 
     assert [x.dtype for x in (input_ids, positions, metadata.slot_mapping)] == [torch.int64] * 3
     int32 = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table)
     assert [x.dtype for x in int32] == [torch.int32] * 3
+    if rest:  # since m5: only whoever has nothing left gets a token, from the last of his rows
+        ends = metadata.query_start_loc.tolist()[1:]
+        assert rest[0].tolist() == [end - 1 for end, (_, part) in zip(ends, pairs, strict=True) if part.later == 0]
+        assert rest[0].dtype == torch.int64
 
 
 def test_two_rows_of_a_large_cache(stage: ModuleType) -> None:
@@ -267,7 +273,11 @@ def test_a_departure_may_be_told_twice_or_be_of_a_stranger(stage: ModuleType) ->
 
 def sampling(company: Company, seqs: list[Any], retired: tuple[str, ...] = ()) -> Any:
     metadata = company.run(seqs, retired)
-    return company.batch.sampling_metadata(list(seqs), metadata.seq_lens)
+    has_chunks = (
+        "enable_chunked_prefill" in company.stage.EngineConfig.__annotations__
+    )  # it takes positions as they are
+    lens = metadata.seq_lens.long() if has_chunks else metadata.seq_lens
+    return company.batch.sampling_metadata(list(seqs), lens)
 
 
 def tensors_of(metadata: Any) -> dict[str, int]:

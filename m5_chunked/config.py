@@ -105,7 +105,7 @@ class EngineConfig:
         if (self.chunk_policy == "dynamic") != (self.target_step_time_ms is not None):
             raise ValueError("target_step_time_ms goes with chunk_policy='dynamic': give both or neither")
         if self.target_step_time_ms is not None:
-            check_real("target_step_time_ms", self.target_step_time_ms, 0, float("inf"), low_is_open=True)
+            check_real("target_step_time_ms", self.target_step_time_ms, 0, 60_000, low_is_open=True)
         check_real("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, low_is_open=True)
         if self.attention_backend not in (None, "auto", "flash", "paged", "naive"):
             raise ValueError(

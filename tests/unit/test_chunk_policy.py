@@ -134,3 +134,16 @@ def test_a_step_that_was_early(num_tokens: int, factor: float, stage: ModuleType
     controller = make_controller(stage, 0.030)
     controller.update(num_tokens, 0.030 / factor)
     assert controller.prefill_budget == round(512 * (1 + 0.5 * (min(factor, 2.0) - 1)))
+
+
+def test_what_decodes_take_is_not_steered(stage: ModuleType) -> None:
+    """Where decodes take most of the target, a few per cent of the step are all of the prompt's: 20 us a token here."""
+    blind, knowing = make_controller(stage, 0.030), make_controller(stage, 0.030)
+    for _ in range(20):
+        knowing.update(0, 0.026)
+    for _ in range(8):
+        for controller in (blind, knowing):
+            tokens = controller.prefill_budget
+            controller.update(tokens, 0.026 + 20e-6 * tokens)
+    assert abs(knowing.prefill_budget - 200) < abs(blind.prefill_budget - 200)
+    assert 190 <= knowing.prefill_budget <= 220

@@ -497,6 +497,7 @@ def test_a_failed_step_leaves_who_did_not_take_part(stage: ModuleType) -> None:
         ({"chunk_policy": "dynamic", "target_step_time_ms": 0.0}, ValueError, "target_step_time_ms"),
         ({"chunk_policy": "dynamic", "target_step_time_ms": -3}, ValueError, "target_step_time_ms"),
         ({"chunk_policy": "dynamic", "target_step_time_ms": float("nan")}, ValueError, "target_step_time_ms"),
+        ({"chunk_policy": "dynamic", "target_step_time_ms": float("inf")}, ValueError, "target_step_time_ms"),
         ({"chunk_policy": "dynamic", "target_step_time_ms": "30"}, (TypeError, ValueError), "target_step_time_ms"),
     ],
     ids=str,

@@ -267,7 +267,7 @@ class Scheduler:
     def _take_tokens(self, seq: Sequence, num_new_tokens: int) -> None:
         self._num_scheduled_tokens[seq.seq_id] = num_new_tokens
         self._token_budget -= num_new_tokens
-        if num_new_tokens > 1 or num_tokens_left(seq) > 1:
+        if num_tokens_left(seq) > 1:
             self._prefill_budget -= num_new_tokens
 
     def _num_blocks_to_come(self, seq: Sequence) -> int:

@@ -147,6 +147,8 @@ def run(engine: Any, workload: Workload | str, *, warmup: bool = True, **engine_
         # The tail of a prompt, so that no prefix of it is left in a cache.
         tail = workload.requests[0].prompt_token_ids[-8:]
         engine.generate([tail], params_type(max_tokens=2, temperature=0.0, ignore_eos=True), use_tqdm=False)
+    if reset_prefix_cache := getattr(engine, "reset_prefix_cache", None):
+        reset_prefix_cache()  # a run finds what it has computed itself, not what the one before has
     _reset_peak_memory()
     start = time.perf_counter()
     traces: dict[tuple[int, int], SequenceTrace] = {}

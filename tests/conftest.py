@@ -144,6 +144,18 @@ def phases_apart(stage: ModuleType) -> dict[str, Any]:
     return {"enable_chunked_prefill": False} if has_chunks else {}
 
 
+def no_prefix_cache(stage: ModuleType) -> dict[str, Any]:
+    """Options with which every prompt is computed whole, as before m6, whoever has computed it before."""
+    has_cache = "enable_prefix_caching" in stage.EngineConfig.__annotations__
+    return {"enable_prefix_caching": False} if has_cache else {}
+
+
+def forget_prefixes(llm: Any) -> None:
+    """What is computed from now on is not found from before: for who counts tokens, or spoils the cache on purpose."""
+    if hasattr(llm, "reset_prefix_cache"):
+        assert llm.reset_prefix_cache(), "somebody holds blocks"
+
+
 # ---------------------------------------------------------------------- pytest
 
 

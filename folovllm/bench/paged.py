@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "batch": num_seqs,
                 "context": context,
                 "block_size": block_size,
-                "splits": paged.choose_num_splits(num_seqs * NUM_KV_HEADS, context, device),
+                "splits": paged.choose_num_splits(num_seqs * NUM_KV_HEADS, context, device)[1],
                 "microseconds": round(1e3 * milliseconds, 2),
                 "gb_per_s": round(speed, 1),
                 "share_of_copy": round(speed / copy, 3),

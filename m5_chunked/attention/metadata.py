@@ -6,7 +6,7 @@ beside them, explicitly, down to the attention layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class AttentionMetadata:
     block_table: int32 [N, max_blocks]; the blocks that hold each sequence's tokens, in order.
     block_size: slots in a block: position p of sequence i is in slot
         block_table[i, p // block_size] * block_size + p % block_size.
+    num_decodes: how many sequences have one query each and come before all others.
     shared: for a backend to keep what all layers share.
     """
 
@@ -33,4 +34,28 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     block_table: torch.Tensor
     block_size: int
+    num_decodes: int = 0
     shared: Any = None
+
+    def split(self) -> tuple[AttentionMetadata, AttentionMetadata]:
+        """The decodes, and the others."""
+        num_seqs = self.num_decodes
+        decodes = replace(
+            self,
+            query_start_loc=self.query_start_loc[: num_seqs + 1],
+            seq_lens=self.seq_lens[:num_seqs],
+            max_query_len=1,
+            slot_mapping=self.slot_mapping[:num_seqs],
+            block_table=self.block_table[:num_seqs],
+            shared=None,
+        )
+        others = replace(
+            self,
+            query_start_loc=self.query_start_loc[num_seqs:] - num_seqs,
+            seq_lens=self.seq_lens[num_seqs:],
+            slot_mapping=self.slot_mapping[num_seqs:],
+            block_table=self.block_table[num_seqs:],
+            num_decodes=0,
+            shared=None,
+        )
+        return decodes, others

@@ -23,7 +23,7 @@ from ..model_executor.layers.attention import Attention
 from ..model_executor.model_loader import load_model
 from ..sample.sampler import Sampler, SamplingMetadata
 from ..utils.common import resolve_device, resolve_dtype, resolve_max_model_len
-from .cuda_graph import CUDAGraphRunner, default_sizes
+from .cuda_graph import CUDAGraphRunner, default_sizes, default_token_sizes
 from .input_batch import InputBatch
 from .model_runner import ModelRunner
 
@@ -93,9 +93,9 @@ class GPUWorker:
         cuda_graphs = self._cuda_graphs(config, max_num_seqs, self.max_model_len, self.num_slots)
         if cuda_graphs is not None:
             started = time.perf_counter()
-            mib = cuda_graphs.capture() / 2**20
+            mib, sizes = cuda_graphs.capture() / 2**20, cuda_graphs.sizes + cuda_graphs.token_sizes
             seconds = time.perf_counter() - started
-            logger.info("CUDA graphs: %d batch sizes, %.1f s, %.0f MiB", len(cuda_graphs.sizes), seconds, mib)
+            logger.info("CUDA graphs: %d sizes, %.1f s, %.0f MiB", len(sizes), seconds, mib)
         self.model_runner = ModelRunner(model, input_batch, kv_caches, cuda_graphs)
 
     def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
@@ -217,7 +217,8 @@ class GPUWorker:
         if self.device.type != "cuda" or config.enforce_eager or not self.backend.supports_cuda_graph:
             return None
         sizes = config.cuda_graph_sizes or default_sizes(max_num_seqs)
-        return CUDAGraphRunner(self.model, sizes, max_model_len, self.block_size, spare_slot=num_slots)
+        token_sizes = default_token_sizes(config.max_num_batched_tokens or _DEFAULT_NUM_BATCHED_TOKENS)
+        return CUDAGraphRunner(self.model, sizes, max_model_len, self.block_size, num_slots, token_sizes)
 
     def _initialize_kv_cache(self, num_slots: int) -> None:
         """Give every attention layer its slots, and one more that takes what nobody reads.

@@ -101,6 +101,7 @@ class InputBatch:
             slot_mapping=sent[2],
             block_table=sent[7],
             block_size=self.block_size,
+            num_decodes=int((query_lens > 1).argmax()),
         )
         return sent[0], sent[1], metadata, sent[3], sent[4]
 

@@ -24,7 +24,17 @@ from folovllm.stages import known_stages
 
 from .. import strategies
 from ..checkpoints import SPECS, VOCAB_SIZE
-from ..conftest import CheckpointPath, GetOracle, MakeLLM, Milestone, open_llm, phases_apart, submodule
+from ..conftest import (
+    CheckpointPath,
+    GetOracle,
+    MakeLLM,
+    Milestone,
+    forget_prefixes,
+    no_prefix_cache,
+    open_llm,
+    phases_apart,
+    submodule,
+)
 from ..unit.test_cache import caches
 from .test_engine import check_empty, result_of
 
@@ -141,6 +151,7 @@ def test_nothing_is_read_but_what_a_sequence_wrote(stage: ModuleType, make_llm: 
     ]
     params = [stage.SamplingParams(**arguments) for _, arguments in requests]
     clean = [alone(stage, llm, request).token_ids for request in requests]
+    forget_prefixes(llm)
     try:
         for cache in caches(stage, llm):
             cache.fill_(float("nan"))
@@ -149,6 +160,7 @@ def test_nothing_is_read_but_what_a_sequence_wrote(stage: ModuleType, make_llm: 
     finally:
         for cache in caches(stage, llm):
             cache.zero_()
+        forget_prefixes(llm)
 
 
 def test_output_survives_urgent_preemption(stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle) -> None:
@@ -259,8 +271,9 @@ def test_one_row_is_the_stage_before(
     runs = []
     for package, switch in (
         (before, {"max_num_seqs": 1} if "max_num_seqs" in names else {}),
-        (stage, {"max_num_seqs": 1, **phases_apart(stage)}),
+        (stage, {"max_num_seqs": 1}),
     ):
+        switch |= {**phases_apart(package), **no_prefix_cache(package)}
         with open_llm(package, checkpoint_path("qwen2"), max_model_len=MAX_MODEL_LEN, **switch) as llm:
 
             def params(package: ModuleType = package, **arguments: Any) -> Any:

@@ -24,7 +24,7 @@ from folovllm.stages import known_stages
 
 from .. import strategies
 from ..checkpoints import SPECS
-from ..conftest import CheckpointPath, GetOracle, MakeLLM, open_llm, phases_apart, submodule
+from ..conftest import CheckpointPath, GetOracle, MakeLLM, forget_prefixes, open_llm, phases_apart, submodule
 from ..unit.test_cache import caches
 from .test_batching import failing_at, finish_all
 from .test_engine import check_empty, result_of
@@ -500,6 +500,7 @@ def make_tiny(make_llm: MakeLLM, pool: dict[str, Any], checkpoint: str = "qwen3"
 
 def poison(stage: ModuleType, llm: Any) -> None:
     """Nothing that follows may read what it has not written itself; nor may who comes after that."""
+    forget_prefixes(llm)
     for cache in caches(stage, llm):
         cache.fill_(math.nan)
 
@@ -793,6 +794,8 @@ def test_a_step_that_fails_around_a_fork(
 def poison_free_slots(stage: ModuleType, llm: Any) -> None:
     manager = llm.engine.core.scheduler.kv_cache_manager
     for block in manager.block_pool.free_block_queue.get_all_free_blocks():
+        if getattr(block, "block_hash", None) is not None:
+            continue  # free, and yet to be read by whoever has the same prefix
         for cache in caches(stage, llm):
             cache[block.block_id * manager.block_size :][: manager.block_size] = math.nan
 

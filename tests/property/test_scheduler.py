@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from ..conftest import phases_apart, submodule
+from ..conftest import no_prefix_cache, phases_apart, submodule
 
 pytestmark = pytest.mark.since("m2")
 
@@ -64,7 +64,9 @@ def make_seqs(
 
 
 def make_scheduler(stage: ModuleType, **options: Any) -> Any:
-    options = {"max_model_len": 64, "max_num_batched_tokens": 8192, "max_num_seqs": 4, **options}
+    """Equal prompts find nothing of each other unless the test asks for it: test_prefix_cache.py is about that."""
+    sizes = {"max_model_len": 64, "max_num_batched_tokens": 8192, "max_num_seqs": 4}
+    options = {**sizes, **no_prefix_cache(stage), **options}
     if "enable_paged_kv" in stage.EngineConfig.__annotations__ and "num_kv_blocks" not in options:
         # As many blocks as rows, each for all of a sequence: this file is about rows, test_paged.py about blocks.
         paging = {"enable_paged_kv": False, "block_size": 1024, "num_kv_blocks": options["max_num_seqs"]}

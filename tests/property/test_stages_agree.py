@@ -10,7 +10,7 @@ import pytest
 
 from folovllm.stages import known_stages
 
-from ..conftest import CheckpointPath, MakeLLM, open_llm, phases_apart
+from ..conftest import CheckpointPath, MakeLLM, no_prefix_cache, open_llm, phases_apart
 
 
 @pytest.mark.since("m1")
@@ -56,7 +56,7 @@ def test_without_chunks_it_is_m4(
             texts = {key: [list(each.token_ids) for each in output.outputs] for key, output in tokens.items()}
             return steps, texts
 
-    steps, texts = run(stage, **phases_apart(stage))
+    steps, texts = run(stage, **phases_apart(stage), **no_prefix_cache(stage))
     assert (steps, texts) == run(importlib.import_module(known_stages()[4]))
     assert {step[0] for step in steps} == {"prefill", "decode"}
     assert (steps[-1][-1] > 0) or num_kv_blocks == 60

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from .. import strategies
 from ..checkpoints import SPECS
-from ..conftest import CheckpointPath, GetOracle, MakeLLM, open_llm, submodule
+from ..conftest import CheckpointPath, GetOracle, MakeLLM, no_prefix_cache, open_llm, submodule
 from ..oracle import LOGIT_TOLERANCE
 
 pytestmark = pytest.mark.since("m1")
@@ -95,7 +95,7 @@ def test_the_cache_holds_the_oracles_keys_and_values(
     checkpoint: str, prompt: list[int], max_tokens: int, stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle
 ) -> None:
     """After rotation, in every layer, for prompt and output: but for the last token, which was never put in."""
-    llm = make_llm(checkpoint, max_model_len=MAX_MODEL_LEN)
+    llm = make_llm(checkpoint, max_model_len=MAX_MODEL_LEN, **no_prefix_cache(stage))
     with recorded(stage) as steps:
         output = greedy(stage, llm, prompt, max_tokens)
     token_ids = [*prompt, *output[:-1]]
@@ -111,7 +111,7 @@ def test_the_cache_holds_the_oracles_keys_and_values(
 
 
 def test_token_by_token_is_the_same_as_at_once(stage: ModuleType, make_llm: MakeLLM) -> None:
-    llm = make_llm(max_model_len=MAX_MODEL_LEN)
+    llm = make_llm(max_model_len=MAX_MODEL_LEN, **no_prefix_cache(stage))
 
     def contents(prompt: list[int], max_tokens: int) -> tuple[list[int], list[torch.Tensor]]:
         with recorded(stage) as steps:
@@ -178,7 +178,7 @@ def test_what_others_left_in_the_cache_is_not_read(
     checkpoint: str, poison: float, stage: ModuleType, make_llm: MakeLLM
 ) -> None:
     """Unused slots and the spare one may hold anything, even what spoils every sum."""
-    llm = make_llm(checkpoint, max_model_len=MAX_MODEL_LEN)
+    llm = make_llm(checkpoint, max_model_len=MAX_MODEL_LEN, **no_prefix_cache(stage))
     requests = [([1, 2, 3], 10), (list(range(40)), 10), ([7], MAX_MODEL_LEN - 1), ([8] * 63, 1)]
     clean = [greedy(stage, llm, *request) for request in requests]
     try:
@@ -198,7 +198,7 @@ def test_a_slot_that_goes_bad_after_the_prefill_is_noticed(
     checkpoint: str, part: str, stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle
 ) -> None:
     """The mutant for decode: after the first step, one slot of one layer holds what belongs to its neighbour."""
-    llm, oracle = make_llm(checkpoint, max_model_len=MAX_MODEL_LEN), get_oracle(checkpoint)
+    llm, oracle = make_llm(checkpoint, max_model_len=MAX_MODEL_LEN, **no_prefix_cache(stage)), get_oracle(checkpoint)
     params = stage.SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     prompts = [list(range(start, start + 60, 7)) for start in (3, 100, 200, 300)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import MakeLLM, phases_apart
+from ..conftest import MakeLLM, no_prefix_cache, phases_apart
 from ..property.test_scheduler import ANOTHER_TOKEN, POLICIES, Drive, ids, make_output
 
 pytestmark = pytest.mark.since("m5")
@@ -530,7 +530,7 @@ def test_a_prompt_may_be_longer_than_a_step(stage: ModuleType, make_llm: MakeLLM
 
 def test_the_first_chunk_is_when_it_was_scheduled(stage: ModuleType, make_llm: MakeLLM) -> None:
     """And the step of its last chunk is when its first token came."""
-    llm = make_llm(max_model_len=64, max_num_batched_tokens=8, max_num_seqs=4)
+    llm = make_llm(max_model_len=64, max_num_batched_tokens=8, max_num_seqs=4, **no_prefix_cache(stage))
     llm.engine.stats.clear()
     params = stage.SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     for name, length in (("a", 20), ("b", 12)):

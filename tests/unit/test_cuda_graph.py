@@ -85,7 +85,7 @@ class FakeCUDA:
         free: bytes; every recording takes 1000.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, model: nn.Module, stage: ModuleType) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.recording: tuple[Recording, Any] | None = None
         self.free = 10**6
@@ -94,6 +94,7 @@ class FakeCUDA:
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (self.free, 10**6))
         patch.setattr(torch.cuda, "graph_pool_handle", self.make_pool)
         patch.setattr(torch.cuda, "CUDAGraph", Recording)
+        patch.setattr(submodule(stage, "worker.cuda_graph"), "capture_stream", lambda device: None)
         patch.setattr(torch.cuda, "graph", self.graph)
         model.register_forward_hook(self.note)
         self.model = model
@@ -103,7 +104,7 @@ class FakeCUDA:
         return f"pool {self.num_pools}"
 
     @contextmanager
-    def graph(self, graph: Recording, pool: Any = None) -> Iterator[None]:
+    def graph(self, graph: Recording, pool: Any = None, stream: Any = None) -> Iterator[None]:
         self.recording = graph, pool
         yield
         self.recording = None
@@ -162,7 +163,7 @@ def step(stage: ModuleType, lens: list[int], seed: int = 0, query_len: int = 1, 
 def test_what_is_recorded(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest first, each after a run that is not recorded, all in one pool; and what that took."""
     model = Echo()
-    cuda = FakeCUDA(monkeypatch, model)
+    cuda = FakeCUDA(monkeypatch, model, stage)
     runner = make_runner(stage, model, [4, 1, 8, 2, 4])
     assert runner.sizes == [1, 2, 4, 8]
     assert runner.capture() == 4000
@@ -183,9 +184,9 @@ def test_what_is_recorded(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 def test_no_memory_for_recordings(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what to do."""
     model = Echo()
-    cuda = FakeCUDA(monkeypatch, model)
+    cuda = FakeCUDA(monkeypatch, model, stage)
 
-    def refuse(graph: Any, pool: Any = None) -> Any:
+    def refuse(graph: Any, pool: Any = None, stream: Any = None) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
@@ -214,7 +215,7 @@ def test_what_a_replay_reads(batches: list[list[int]], sizes: list[int], stage: 
     """The step in the first rows; the rest has no length and writes to the spare slot, whatever stood there before."""
     model = Echo()
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        FakeCUDA(patch, model)
+        FakeCUDA(patch, model, stage)
         runner = make_runner(stage, model, sizes)
         runner.capture()
         graphs = dict(runner.graphs)
@@ -241,7 +242,7 @@ def test_what_a_replay_reads(batches: list[list[int]], sizes: list[int], stage: 
 def test_the_longest_sequence_fits(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a length that is no multiple of the block size, in a table of as many columns as it has blocks."""
     model = Echo()
-    FakeCUDA(monkeypatch, model)
+    FakeCUDA(monkeypatch, model, stage)
     runner = make_runner(stage, model, [2], max_model_len=33)
     with torch.inference_mode():
         runner.capture()
@@ -289,7 +290,7 @@ def test_an_engine_that_replays(
             layer.backend = backend
             layer.k_cache.fill_(math.nan)
             layer.v_cache.fill_(math.nan)
-        cuda = FakeCUDA(monkeypatch, worker.model)
+        cuda = FakeCUDA(monkeypatch, worker.model, stage)
         runner = make_runner(stage, worker.model, [1, 4], max_model_len=48, spare_slot=worker.num_slots)
         runner.capture()
         worker.model_runner.cuda_graphs = runner
@@ -334,6 +335,9 @@ def test_who_records(stage: ModuleType, options: dict[str, Any], backend: str, e
         device=torch.device("cuda"), backend=select(backend, torch.float32, 64, None, CPU), model=Echo(), block_size=16
     )
     make = submodule(stage, "worker.gpu_worker").GPUWorker._cuda_graphs
+    layer = submodule(stage, "model_executor.layers.attention").Attention(num_heads=2, num_kv_heads=1, head_dim=8)
+    layer.k_cache, layer.backend = torch.zeros(78, 1, 8), worker.backend
+    worker.model.layer = layer
     runner = make(worker, stage.EngineConfig(**options), max_num_seqs=20, max_model_len=64, num_slots=77)
     if expected is None:
         assert runner is None

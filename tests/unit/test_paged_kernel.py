@@ -5,6 +5,7 @@ Only the slots that belong to a sequence hold numbers. All others hold nan, whic
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -121,7 +122,7 @@ class Case:
 
 def splits(paged: ModuleType, patch: pytest.MonkeyPatch, num: int) -> None:
     """The kernel takes `num` programs for each sequence, however little each has to do."""
-    patch.setattr(paged, "choose_num_splits", lambda *_: num)
+    patch.setattr(paged, "choose_num_splits", lambda *_: (num, num))
     patch.setattr(paged, "_MIN_SPLIT", paged._TILE)
 
 
@@ -216,20 +217,56 @@ def test_the_choice_of_splits_leaves_nothing_out(stage: ModuleType, paged: Modul
         case.check(paged.paged_decode(*case.arguments))
 
 
+@interpreted
+@pytest.mark.parametrize("lens", [[700, 3, 64, 129], [1, 128, 1024], [1000] * 6])
+def test_only_the_long_are_split_where_programs_abound(stage: ModuleType, paged: ModuleType, lens: list[int]) -> None:
+    """Some in several programs and some in one, in the same launch."""
+    case = Case(stage, lens, 16, 2, 2, 24, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged, "_LONG_SPLIT", 128)
+        for num in ((1, 2), (1, 7), (2, 5)):
+            patch.setattr(paged, "choose_num_splits", lambda *_, num=num: num)
+            case.check(paged.paged_decode(*case.arguments))
+
+
 @given(num_programs=st.integers(1, 4096), max_seq_len=st.integers(1, 200_000))
 def test_how_many_splits(num_programs: int, max_seq_len: int, paged: ModuleType) -> None:
-    """Enough to fill the device, unless the parts became short or many; one where programs abound."""
-    num = paged.choose_num_splits(num_programs, max_seq_len, CPU)
-    assert 1 <= num <= 64
-    assert num == 1 or max_seq_len / num > paged._MIN_SPLIT / 2
-    assert num == paged.choose_num_splits(num_programs, max_seq_len, CPU)
+    """Enough to fill the device, unless the parts became short or many; more only for what is long."""
+    enough, most = paged.choose_num_splits(num_programs, max_seq_len, CPU)
+    assert 1 <= enough <= most <= 64
+    assert most == 1 or max_seq_len / most > paged._MIN_SPLIT / 2
     more = paged.choose_num_splits(num_programs + 1, max_seq_len, CPU)
     longer = paged.choose_num_splits(num_programs, max_seq_len + 1, CPU)
-    assert more <= num <= longer
-    if max_seq_len <= paged._MIN_SPLIT or num_programs >= 16:  # a CPU passes for four units
-        assert num == 1
-    else:
-        assert num > 1
+    assert all(a <= b <= c for a, b, c in zip(more, (enough, most), longer, strict=True))
+    assert (enough > 1) == (max_seq_len > paged._MIN_SPLIT and num_programs <= 8)  # a CPU passes for four units
+    if enough == 1:
+        assert (most > 1) == (max_seq_len > paged._LONG_SPLIT and num_programs <= 64)
+
+
+@interpreted
+@pytest.mark.since("m5")
+@given(
+    decodes=st.lists(st.integers(1, 100), min_size=1, max_size=3),
+    chunks=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=3),
+)
+def test_decodes_apart(decodes: list[int], chunks: list[tuple[int, int]], stage: ModuleType, paged: ModuleType) -> None:
+    """Single queries by the kernel, chunks (of so many queries after so many keys) by another: as by one for all."""
+    lens = decodes + [num_queries + context for num_queries, context in chunks]
+    case = Case(stage, lens, 16, 2, 2, 24, torch.float32)
+    query_lens = torch.tensor([1] * len(decodes) + [num_queries for num_queries, _ in chunks])
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(int(query_lens.sum()), *case.q.shape[1:], generator=generator)
+    metadata = dataclasses.replace(
+        case.arguments[3],
+        query_start_loc=F.pad(query_lens.cumsum(0), (1, 0)).int(),
+        max_query_len=int(query_lens.max()),
+        num_decodes=len(decodes),
+    )
+    naive = attention(stage, "naive")
+    expected = naive(q, case.k_cache, case.v_cache, dataclasses.replace(metadata), case.scale)
+    for _ in range(2):  # layers of the same step
+        ours = paged.decode_apart(q, case.k_cache, case.v_cache, metadata, case.scale, naive)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------- which one is called

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import MakeLLM
+from ..conftest import MakeLLM, forget_prefixes
 
 pytestmark = pytest.mark.since("m1")
 
@@ -28,6 +28,7 @@ def run(stage: ModuleType, llm: Any, lengths: list[tuple[int, int]], **arguments
 @pytest.fixture
 def llm(make_llm: MakeLLM) -> Any:
     llm = make_llm(max_model_len=64)
+    forget_prefixes(llm)
     llm.engine.stats.clear()
     return llm
 

@@ -61,9 +61,11 @@ def paged_decode_reference(
     return out
 
 
-# Keys that a program reads at a time, the fewest worth a program of their own, and the most programs for a sequence.
+# Keys that a program reads at a time, the fewest worth a program of their own, as many as keep the others waiting, and
+# the most programs for a sequence.
 _TILE = 64
 _MIN_SPLIT = 64
+_LONG_SPLIT = 1024
 _MAX_SPLITS = 32
 
 
@@ -73,8 +75,8 @@ def paged_decode(
     """Attention of one query a sequence, in Triton.
 
     A program takes one KV head of one sequence, with all query heads that share it, so keys and values are read once.
-    Where these are too few to fill the device, each sequence is split among several programs, and a second kernel
-    puts their partial results together (Flash-Decoding: Dao et al. 2023).
+    Where these are too few to fill the device, each sequence is split among several programs, as is one that is much
+    longer than the others, and a second kernel puts their partial results together (Flash-Decoding: Dao et al. 2023).
 
     Args:
         q: [N, num_heads, head_dim]; a slice will do, if its heads are contiguous.
@@ -84,7 +86,7 @@ def paged_decode(
         [N, num_heads, head_dim].
     """
     (num_seqs, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[1]
-    num_splits = choose_num_splits(num_seqs * num_kv_heads, metadata.max_seq_len, q.device)
+    enough, num_splits = choose_num_splits(num_seqs * num_kv_heads, metadata.max_seq_len, q.device)
     out = q.new_empty(q.shape)
     # What each program leaves: a weighted sum of values relative to its maximum, and log(sum of weights) + maximum.
     shape = (num_seqs, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
@@ -93,46 +95,65 @@ def paged_decode(
     groups = num_heads // num_kv_heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     constants = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim}
+    split = {"MIN_SPLIT": _MIN_SPLIT, "LONG_SPLIT": _LONG_SPLIT}
     tile = _TILE if padded_dim * q.element_size() <= 512 else _TILE // 2  # what a multiprocessor has room for
     _decode_kernel[(num_seqs, num_kv_heads, num_splits)](
         q, k_cache, v_cache, metadata.block_table, metadata.seq_lens, out, partial, partial_lse,
         scale * 1.4426950408889634,  # log2(e): the kernel works with powers of two
-        q.stride(0), metadata.block_table.stride(0), num_splits,
+        q.stride(0), metadata.block_table.stride(0), enough, num_splits,
         NUM_KV_HEADS=num_kv_heads, GROUPS=groups, PADDED_GROUPS=max(16, triton.next_power_of_2(groups)),
-        BLOCK_SIZE=metadata.block_size, TILE=tile, MIN_SPLIT=_MIN_SPLIT, IS_SPLIT=num_splits > 1, **constants,
+        BLOCK_SIZE=metadata.block_size, TILE=tile, **split, **constants,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     if num_splits > 1:
         _combine_kernel[(num_seqs, num_heads)](
-            partial, partial_lse, out, num_splits, MAX_SPLITS=_MAX_SPLITS, **constants
-        )
+            partial, partial_lse, metadata.seq_lens, out, enough, num_splits, TILE=tile, MAX_SPLITS=_MAX_SPLITS,
+            **split, **constants,
+        )  # fmt: skip
     return out
 
 
-def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> int:
-    """Programs for each (sequence, KV head): enough to fill the device, none with very little to do."""
+def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> tuple[int, int]:
+    """How many programs share the work of one, which would take one KV head of one sequence.
+
+    Returns:
+        As many as fill the device, for every sequence; and as many as the longest may take, so that a step does not
+        wait for it. Neither leaves a program with very little to do.
+    """
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = 4 * num_units // num_programs
-    return max(1, min(wanted, triton.cdiv(max_seq_len, _MIN_SPLIT), _MAX_SPLITS))
+    enough, room = 4 * num_units // num_programs, 32 * num_units // num_programs
+    most = max(enough, min(room, triton.cdiv(max_seq_len, _LONG_SPLIT)))
+    most = max(1, min(most, triton.cdiv(max_seq_len, _MIN_SPLIT), _MAX_SPLITS))
+    return max(1, min(enough, most)), most
 
 
 if triton is not None:
+
+    @triton.jit
+    def _split_len(  # type: ignore[no-untyped-def]
+        seq_len, enough, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr
+    ):
+        parts = tl.minimum(tl.maximum(tl.cdiv(seq_len, LONG_SPLIT), enough), num_splits)
+        return tl.maximum(tl.cdiv(tl.cdiv(seq_len, parts), TILE) * TILE, MIN_SPLIT)
+
     # What changes from step to step is no constant: each new value of a constant would be compiled anew.
     @triton.jit(
-        do_not_specialize=["q_stride", "table_stride", "num_splits"],
+        do_not_specialize=["q_stride", "table_stride", "enough", "num_splits"],
         do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr"],
     )
     def _decode_kernel(  # type: ignore[no-untyped-def]
         q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, out_ptr, partial_ptr, lse_ptr, scale,
-        q_stride, table_stride, num_splits,
+        q_stride, table_stride, enough, num_splits,
         NUM_KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-        TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, IS_SPLIT: tl.constexpr,
+        TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr,
         HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ):  # fmt: skip
         seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         seq_len = tl.load(seq_lens_ptr + seq)
-        split_len = tl.maximum(tl.cdiv(tl.cdiv(seq_len, num_splits), TILE) * TILE, MIN_SPLIT)
+        split_len = _split_len(seq_len, enough, num_splits, TILE, MIN_SPLIT, LONG_SPLIT)
         start = split * split_len
+        if (split > 0) & (start >= seq_len):
+            return
         end = tl.minimum(start + split_len, seq_len)
 
         group = tl.arange(0, PADDED_GROUPS)  # query heads of this KV head; padded, as a product needs 16 rows
@@ -164,30 +185,34 @@ if triton is not None:
             total = total * correction[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             running_max = new_max
 
-        running_sum = tl.where(start < seq_len, running_sum, 1.0)  # without keys: a result of 0, of weight 2 ** -1e30
-        result = total / running_sum[:, None]
-        if not IS_SPLIT:
-            tl.store(
-                out_ptr + rows[:, None] * HEAD_DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask
-            )
-        else:
+        result = total / tl.where(seq_len > 0, running_sum, 1.0)[:, None]  # a row of padding: 0
+        if split_len < seq_len:
             lse = running_max + tl.log2(running_sum)
             index = rows * num_splits + split
             tl.store(partial_ptr + index[:, None] * HEAD_DIM + dim[None, :], result, mask=q_mask)
             tl.store(lse_ptr + index, lse, mask=group < GROUPS)
+        else:
+            tl.store(
+                out_ptr + rows[:, None] * HEAD_DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask
+            )
 
-    @triton.jit(do_not_specialize=["num_splits"])
+    @triton.jit(do_not_specialize=["enough", "num_splits"], do_not_specialize_on_alignment=["seq_lens_ptr"])
     def _combine_kernel(  # type: ignore[no-untyped-def]
-        partial_ptr, lse_ptr, out_ptr, num_splits,
+        partial_ptr, lse_ptr, seq_lens_ptr, out_ptr, enough, num_splits,
+        TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr,
         MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ):  # fmt: skip
+        seq_len = tl.load(seq_lens_ptr + tl.program_id(0))
+        split_len = _split_len(seq_len, enough, num_splits, TILE, MIN_SPLIT, LONG_SPLIT)
+        if seq_len <= split_len:  # it was not split
+            return
         row = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
         split, dim = tl.arange(0, MAX_SPLITS), tl.arange(0, PADDED_DIM)
+        is_split = split * split_len < seq_len
         index = row * num_splits + split
-        lse = tl.load(lse_ptr + index, mask=split < num_splits, other=-1e30)
-        weights = tl.exp2(lse - tl.max(lse, axis=0))
-        weights = tl.where(split < num_splits, weights, 0.0)
-        mask = (split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :]
+        lse = tl.load(lse_ptr + index, mask=is_split, other=-1e30)
+        weights = tl.where(is_split, tl.exp2(lse - tl.max(lse, axis=0)), 0.0)
+        mask = is_split[:, None] & (dim < HEAD_DIM)[None, :]
         partial = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)  # [S, D]
         result = tl.sum(partial * weights[:, None], axis=0) / tl.sum(weights, axis=0)
         tl.store(out_ptr + row * HEAD_DIM + dim, result.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..metadata import AttentionMetadata
 from ..ops import compute_slot_mapping
 from .abstract import AttentionBackend
-from .paged import paged_decode, triton
+from .paged import decode_apart, triton
 from .torch_naive import MAX_SCORES, PaddedGroup, padded_attention
 
 _PAGE_MULTIPLE = 256  # flash-attn 2 reads through a block table in pages of this many tokens only
@@ -64,9 +64,7 @@ class FlashAttentionBackend(AttentionBackend):
     ) -> torch.Tensor:
         if q.device.type == "cpu":
             return padded_attention(q, k_cache, v_cache, metadata, scale, _attend_sdpa)
-        if metadata.max_query_len == 1:
-            return paged_decode(q, k_cache, v_cache, metadata, scale)
-        return _flash_attn(q, k_cache, v_cache, metadata, scale)
+        return decode_apart(q, k_cache, v_cache, metadata, scale, _flash_attn)
 
 
 def _flash_attn(

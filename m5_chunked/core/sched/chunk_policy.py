@@ -9,7 +9,8 @@ from __future__ import annotations
 
 # A step's share of prompt tokens never falls below this, however slow its decodes are: prompts must get on, too.
 MIN_PREFILL_TOKENS = 32
-# One step says little: the share moves halfway to what it suggests, which is at most this many times as much.
+# One step says little: the share moves halfway to more if that is what it suggests, at most to so many times as much.
+# It moves to less at once, as somebody waited for too long.
 _MAX_FACTOR = 2.0
 _SMOOTHING = 0.5
 
@@ -45,5 +46,5 @@ class ChunkController:
             return  # it says nothing of what a full one would take
         base = min(self._decode_seconds, 0.9 * self.target, 0.9 * seconds)  # or nothing could be steered
         factor = min(max((self.target - base) / (seconds - base), 1 / _MAX_FACTOR), _MAX_FACTOR)
-        wanted = self._share * (1 + _SMOOTHING * (factor - 1))
+        wanted = self._share * (factor if factor < 1 else 1 + _SMOOTHING * (factor - 1))
         self._share = min(max(wanted, MIN_PREFILL_TOKENS), self.max_tokens)

@@ -12,7 +12,7 @@ class SchedulerOutput:
     """One step's batch.
 
     Attributes:
-        seqs: who runs.
+        seqs: who runs; decodes come first.
         num_scheduled_tokens: {sequence id: how many of its tokens}. They are the last ones before
             `seq.num_computed_tokens`, which the scheduler has moved forward already.
         sampled_seqs: those of them that get a token, since all that they have is computed then.

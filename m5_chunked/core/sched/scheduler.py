@@ -102,22 +102,25 @@ class Scheduler:
 
     def _make_output(self) -> SchedulerOutput:
         num_scheduled_tokens, self._num_scheduled_tokens = self._num_scheduled_tokens, {}
-        seqs = [seq for seq in self.running if seq.seq_id in num_scheduled_tokens]
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self.running:
+            if seq.seq_id in num_scheduled_tokens:
+                is_prompt = num_tokens_left(seq) > 1 or seq.seq_id in self._admitted_ids
+                (prompts if is_prompt else decodes).append(seq)
         sampled_seqs = []
-        num_decodes = 0
-        for seq in seqs:
-            num_left = num_tokens_left(seq)
-            num_decodes += num_left == 1 and seq.seq_id not in self._admitted_ids
-            seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
-            if num_scheduled_tokens[seq.seq_id] == num_left:
+        for seq in decodes + prompts:  # attention computes them apart
+            num_left, num_new_tokens = num_tokens_left(seq), num_scheduled_tokens[seq.seq_id]
+            seq.num_computed_tokens += num_new_tokens
+            if num_new_tokens == num_left:
                 sampled_seqs.append(seq)
         retired, self._retired = self._retired, []
         return SchedulerOutput(
-            seqs=seqs,
+            seqs=decodes + prompts,
             num_scheduled_tokens=num_scheduled_tokens,
             sampled_seqs=sampled_seqs,
-            is_prefill=num_decodes < len(seqs),
-            is_decode=num_decodes > 0,
+            is_prefill=bool(prompts),
+            is_decode=bool(decodes),
             retired_seq_ids=retired,
             block_copies=self.kv_cache_manager.take_block_copies(),
         )

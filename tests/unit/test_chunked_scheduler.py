@@ -315,7 +315,7 @@ def test_no_decode_is_skipped_for_a_prompt_that_was_there_before(stage: ModuleTy
 
 
 @pytest.mark.parametrize(
-    ("budget", "given", "then"), [(512, [256, 252], 384), (1000, [256, 256], 384), (32, [16, 12], 32)]
+    ("budget", "given", "then"), [(512, [256, 252], 256), (1000, [256, 256], 256), (32, [16, 12], 32)]
 )
 def test_a_controller_limits_prompts_and_not_decodes(
     stage: ModuleType, budget: int, given: list[int], then: int

@@ -100,8 +100,8 @@ def paged_decode_reference(
     return out
 
 
-# Keys that a program reads at a time, the fewest worth a program of their own, as many as keep the others waiting, and
-# the most programs for a sequence.
+# Keys that a program reads at a time, the fewest worth a program of their own, as many as each has of a sequence that
+# keeps the others waiting (which is one of twice as many keys), and the most programs for a sequence.
 _TILE = 64
 _MIN_SPLIT = 64
 _LONG_SPLIT = 1024
@@ -161,7 +161,7 @@ def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device)
     """
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     enough, room = 4 * num_units // num_programs, 32 * num_units // num_programs
-    most = max(enough, min(room, triton.cdiv(max_seq_len, _LONG_SPLIT)))
+    most = max(enough, min(room, max_seq_len // _LONG_SPLIT))
     most = max(1, min(most, triton.cdiv(max_seq_len, _MIN_SPLIT), _MAX_SPLITS))
     return max(1, min(enough, most)), most
 
@@ -172,7 +172,7 @@ if triton is not None:
     def _split_len(  # type: ignore[no-untyped-def]
         seq_len, enough, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr
     ):
-        parts = tl.minimum(tl.maximum(tl.cdiv(seq_len, LONG_SPLIT), enough), num_splits)
+        parts = tl.minimum(tl.maximum(seq_len // LONG_SPLIT, enough), num_splits)
         return tl.maximum(tl.cdiv(tl.cdiv(seq_len, parts), TILE) * TILE, MIN_SPLIT)
 
     # What changes from step to step is no constant: each new value of a constant would be compiled anew.

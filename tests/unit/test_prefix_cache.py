@@ -1,0 +1,388 @@
+"""What is known by its tokens: hashes, matches, parts of blocks, who is evicted first, and what is counted.
+
+Sequences are made by hand and their tokens made up. Where vLLM has a test for the same thing, its number in the
+checklist (reference/vllm_v1.md, 9.5 and 9.6) stands in the docstring. Any order of events is in
+tests/property/test_prefix_cache.py, tokens of whole engines in tests/integration/test_prefix_caching.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ..conftest import submodule
+from ..property.test_scheduler import make_scheduler
+
+pytestmark = pytest.mark.since("m6")
+
+
+def make_seq(stage: ModuleType, name: str, tokens: list[int], salt: str | None = None) -> Any:
+    request = stage.Request(
+        request_id=name,
+        prompt=None,
+        prompt_token_ids=tokens,
+        sampling_params=stage.SamplingParams(),
+        max_tokens=100,
+        eos_token_ids=(),
+        arrival_time=0.0,
+        cache_salt=salt,
+    )
+    return stage.Sequence(f"{name}-0", request, 0, 0)
+
+
+class Manager:
+    """A KVCacheManager, and sequences that are computed as soon as they have blocks."""
+
+    def __init__(self, stage: ModuleType, num_blocks: int, block_size: int, **options: Any) -> None:
+        self.stage = stage
+        options = {"enable_prefix_caching": True, **options}
+        self.manager = submodule(stage, "core.kv_cache_manager").KVCacheManager(num_blocks, block_size, **options)
+        self.pool, self.cache = self.manager.block_pool, self.manager.prefix_cache
+        self.num_seqs = 0
+
+    def admit(self, tokens: list[int], salt: str | None = None) -> Any:
+        """A sequence that holds its blocks, all of them computed; None if there are not enough."""
+        seq = make_seq(self.stage, f"{self.num_seqs}", tokens, salt)
+        self.num_seqs += 1
+        computed = self.manager.get_computed_blocks(seq)
+        seq.num_computed_tokens = computed.num_tokens
+        num_new = seq.num_tokens - computed.num_tokens
+        if not self.manager.allocate_slots(seq, num_new, computed=computed):
+            return None
+        self.manager.note_admission(seq)
+        self.compute(seq, num_new)
+        return seq
+
+    def append(self, seq: Any, tokens: list[int]) -> None:
+        for token in tokens:
+            seq.token_ids.append(token)
+            assert self.manager.allocate_slots(seq, 1)
+            self.compute(seq, 1)
+
+    def compute(self, seq: Any, num: int) -> None:
+        seq.num_computed_tokens += num
+        self.manager.cache_blocks([seq], {seq.seq_id: num})
+
+    def match(self, tokens: list[int], salt: str | None = None) -> tuple[list[int], int, int | None]:
+        return tuple(self.manager.get_computed_blocks(make_seq(self.stage, "?", tokens, salt)))  # type: ignore[return-value]
+
+    def free(self) -> list[int]:
+        return [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
+
+    def cached(self) -> list[int]:
+        return [block.block_id for block in self.pool.blocks if block.block_hash is not None]
+
+    def state(self) -> Any:
+        counts = [(block.ref_cnt, block.block_hash) for block in self.pool.blocks]
+        return self.free(), counts, list(self.manager.block_copies), len(self.cache), self.cache.num_evictions
+
+
+# ---------------------------------------------------------------------- hashes
+
+
+def test_a_hash_covers_tokens_parent_and_salt(stage: ModuleType) -> None:
+    """Items 33 and 35: the chain by hand; the salt is in the first block's parent, and so in all that follow."""
+    module = submodule(stage, "core.prefix_cache")
+    for salt, root in ((None, b"root"), ("x", b"saltx"), ("root", b"saltroot")):
+        parent = hashlib.sha256(root).digest()
+        assert module.root_hash(salt) == parent
+        expected = []
+        for tokens in ([1, 2], [3, 4]):
+            parent = hashlib.sha256(parent + array("I", tokens).tobytes()).digest()
+            expected.append(parent)
+        assert module.extend_hashes(make_seq(stage, "a", [1, 2, 3, 4, 5], salt), 2) == expected
+    all_hashes = [
+        module.extend_hashes(make_seq(stage, "a", tokens, salt), 2)[-1]
+        for tokens, salt in (([1, 2], None), ([1, 2], "x"), ([2, 1], None), ([1, 2, 1, 2], None), ([3, 4, 1, 2], None))
+    ]
+    assert len(set(all_hashes)) == len(all_hashes)
+
+
+def test_only_full_blocks_are_hashed_and_only_once(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items 34 and 41: extended as tokens come; what stands there is never computed again."""
+    module = submodule(stage, "core.prefix_cache")
+    seq = make_seq(stage, "a", [7] * 9)
+    calls: list[bytes] = []
+    sha256: Callable[[bytes], Any] = hashlib.sha256
+
+    def counted(data: bytes) -> Any:
+        calls.append(data)
+        return sha256(data)
+
+    monkeypatch.setattr(module.hashlib, "sha256", counted)
+    hashes = module.extend_hashes(seq, 4)
+    assert hashes is seq.block_hashes and len(hashes) == 2 and len(calls) == 3, "the root and two blocks"
+    first = list(hashes)
+    for num_tokens in range(10, 17):
+        seq.token_ids.append(num_tokens)
+        assert len(module.extend_hashes(seq, 4)) == num_tokens // 4
+    assert hashes[:2] == first and len(calls) == 5
+
+
+# ---------------------------------------------------------------------- whole blocks
+
+
+def test_a_prompt_of_55_tokens(stage: ModuleType) -> None:
+    """Items 38, 39 and 41: three of four blocks are cached; another prompt shares them; the last when it is full."""
+    m = Manager(stage, 12, 16)
+    head = [t for t in range(3) for _ in range(16)]
+    a = m.admit([*head, *[3] * 7])
+    assert (a.block_table, m.cached()) == ([0, 1, 2, 3], [0, 1, 2])
+    b = m.admit([*head, *[4] * 5])
+    assert (b.block_table, b.num_cached_tokens) == ([0, 1, 2, 4], 48)
+    assert [block.ref_cnt for block in m.pool.blocks[:5]] == [2, 2, 2, 1, 1]
+    m.append(a, [3] * 8)
+    assert m.cached() == [0, 1, 2]
+    m.append(a, [3])
+    assert m.cached() == [0, 1, 2, 3] and len(a.block_table) == 4
+    m.append(a, [9])
+    assert len(a.block_table) == 5
+    m.pool.check_integrity([a.block_table, b.block_table])
+
+
+def test_the_order_in_which_blocks_go(stage: ModuleType) -> None:
+    """Items 40 and 42: those that nobody can find first; then who was let go first, tail before head."""
+    m = Manager(stage, 9, 2)
+    a, b = m.admit([1, 2, 3, 4, 5]), m.admit([6, 7, 8, 9, 10, 11])
+    assert (a.block_table, b.block_table) == ([0, 1, 2], [3, 4, 5])
+    m.manager.free(a)
+    assert m.free() == [2, 6, 7, 8, 1, 0]
+    m.manager.free(b)
+    assert m.free() == [2, 6, 7, 8, 1, 0, 5, 4, 3]
+    c = m.admit([1, 2, 3, 4, 20])  # finds what a has left
+    assert (c.block_table, m.free()) == ([0, 1, 2], [6, 7, 8, 5, 4, 3])
+    m.manager.free(c)
+    assert m.free() == [2, 6, 7, 8, 5, 4, 3, 1, 0]
+    d = m.admit(list(range(30, 41)))
+    assert (d.block_table, m.cache.num_evictions) == ([2, 6, 7, 8, 5, 4], 2)
+    assert m.match([6, 7, 8, 9, 10, 11, 12]) == ([3], 2, None)
+    assert m.match([1, 2, 3, 4, 5])[:2] == ([0, 1], 4)
+
+
+def test_a_block_is_forgotten_when_it_is_used_again_and_not_before(stage: ModuleType) -> None:
+    """Item 43."""
+    m = Manager(stage, 2, 4)
+    m.manager.free(m.admit([1] * 8))
+    assert (m.cached(), m.manager.num_free_blocks) == ([0, 1], 2)
+    m.manager.free(m.admit([2] * 4))
+    assert m.match([1] * 9) == ([0], 4, None)
+    assert m.match([2] * 5) == ([1], 4, None)
+    assert m.cache.num_evictions == 1
+
+
+def test_hits_are_not_evicted_for_the_rest_of_the_prompt(stage: ModuleType) -> None:
+    """Item 44: they are the oldest, and the free ones are just enough."""
+    m = Manager(stage, 4, 2)
+    m.manager.free(m.admit([1, 2, 3, 4]))
+    m.manager.free(m.admit([5, 6, 7, 8]))
+    c = m.admit([1, 2, 3, 4, 9, 9, 9])
+    assert c.block_table[:2] == [0, 1] and sorted(c.block_table) == [0, 1, 2, 3]
+    assert m.match([1, 2, 3, 4, 5])[0] == [0, 1]
+
+
+@pytest.mark.parametrize("num_reserved", [0, 1])
+def test_a_failed_allocation_changes_nothing(stage: ModuleType, num_reserved: int) -> None:
+    """Items 45 and 46: two free blocks are hit; one is left, where two, or one and a reserve, are due."""
+    m = Manager(stage, 4, 2)
+    m.manager.free(m.admit([1, 2, 3, 4]))
+    other = m.admit([9])
+    assert m.manager.num_free_blocks == 3
+    seq = make_seq(stage, "b", [1, 2, 3, 4, 5] if num_reserved else [1, 2, 3, 4, 5, 6, 7])
+    computed = m.manager.get_computed_blocks(seq)
+    assert computed.num_tokens == 4
+    seq.num_computed_tokens = 4
+    before = m.state()
+    assert not m.manager.allocate_slots(seq, seq.num_tokens - 4, num_reserved, computed)
+    assert (m.state(), seq.block_table) == (before, [])
+    assert m.manager.allocate_slots(seq, 1, 0, computed)
+    assert m.manager.num_free_blocks == 0
+    m.pool.check_integrity([seq.block_table, other.block_table])
+
+
+def test_switched_off(stage: ModuleType) -> None:
+    """Item 47: nothing hits, nothing is counted, and freed blocks keep their order."""
+    m = Manager(stage, 4, 2, enable_prefix_caching=False)
+    m.manager.free(m.admit([1, 2, 3]))
+    assert m.cache is None and m.free() == [2, 3, 1, 0]
+    a = m.admit([1, 2, 3])
+    assert (a.num_cached_tokens, a.block_table) == (0, [2, 3])
+    assert m.admit([1] * 5) is None
+    stats = m.manager.make_stats()
+    assert (stats["prefix_cache_queries"], stats["kv_slots_cached"], stats["prefix_cache_hit_rate"]) == (0, 0, 0.0)
+    assert m.manager.render_prefix_cache() == "no prefix cache"
+
+
+def test_salts(stage: ModuleType) -> None:
+    """Item 48: who has another one, or none, finds nothing, not even a part of a block."""
+    m = Manager(stage, 8, 4)
+    m.admit([1] * 9, "x")
+    assert m.match([1] * 9, "x")[1] == 8
+    assert [m.match([1] * 9, salt)[1] for salt in (None, "y", "root")] == [0, 0, 0]
+
+
+def test_the_first_of_two_equal_blocks_is_the_one(stage: ModuleType) -> None:
+    """Item 49: computed in the same step by two; the other one is of use to its owner only."""
+    m = Manager(stage, 8, 2)
+    a, b = (make_seq(stage, name, [1, 2, 3]) for name in "ab")
+    for seq in (a, b):
+        assert m.manager.allocate_slots(seq, 3)
+    m.compute(a, 3)
+    m.compute(b, 3)
+    assert (m.cached(), m.match([1, 2, 3])) == ([0], ([0], 2, None))
+    m.manager.free(a)
+    m.manager.free(b)
+    assert m.free()[-1] == 0 and m.free()[0] == 2
+
+
+def test_reset(stage: ModuleType) -> None:
+    """Item 50: only while nobody holds a block."""
+    m = Manager(stage, 4, 2)
+    a = m.admit([1, 2, 3])
+    assert not m.manager.reset_prefix_cache() and m.match([1, 2, 3])[1] == 2
+    m.manager.free(a)
+    assert m.manager.reset_prefix_cache()
+    assert (len(m.cache), m.cached(), m.match([1, 2, 3])) == (0, [], ([], 0, None))
+    m.pool.check_integrity([])
+    assert m.cache.num_evictions == 0
+    m.admit([1, 2, 3])
+    assert m.match([1, 2, 3])[1] == 2
+
+
+def test_a_cached_block_is_never_written(stage: ModuleType) -> None:
+    """Somebody who would is given a copy, though nobody else holds the block."""
+    m = Manager(stage, 6, 4)
+    a = m.admit([1] * 8)
+    a.num_computed_tokens = 7  # its last token again, as a sibling would
+    assert m.manager.allocate_slots(a, 1)
+    assert (a.block_table, m.manager.block_copies) == ([0, 2], [(1, 2)])
+    assert m.match([1] * 9)[0] == [0, 1]
+
+
+# ---------------------------------------------------------------------- parts of blocks
+
+
+def test_a_full_hit_computes_one_token(stage: ModuleType) -> None:
+    """The prompt ends with a block, whose last token is needed again: the block is copied but for it."""
+    m = Manager(stage, 8, 4)
+    m.admit([1, 2, 3, 4, 5, 6, 7, 8])
+    assert m.match([1, 2, 3, 4, 5, 6, 7, 8]) == ([0], 7, 1)
+    b = m.admit([1, 2, 3, 4, 5, 6, 7, 8])
+    assert (b.block_table, b.num_cached_tokens, m.manager.take_block_copies()) == ([0, 2], 7, [(1, 2)])
+    assert m.manager.make_stats()["num_copied_blocks"] == 1
+    assert m.match([1]) == ([], 0, None)
+
+
+def test_the_longest_of_the_newest_eight(stage: ModuleType) -> None:
+    """Of those that begin with the right token; among equally long ones the newest."""
+    m = Manager(stage, 40, 16)
+    m.admit([1, 2, 3, 4, 5, *[0] * 11])
+    tables = [m.admit([1, 2, 3, *[10 + i] * 13]).block_table for i in range(7)]
+    for i in range(9):
+        m.admit([2 + i, *[3] * 15])  # other first tokens do not count
+    prompt = [1, 2, 3, 4, 5, 6]
+    assert m.match(prompt) == ([], 5, 0)
+    m.admit([1, 2, 9, *[0] * 13])
+    assert m.match(prompt) == ([], 3, tables[-1][0])
+
+
+@pytest.mark.parametrize(("block_size", "least"), [(1, None), (2, 1), (8, 1), (16, 2), (32, 4), (256, 32)])
+def test_a_copy_must_be_worth_it(stage: ModuleType, block_size: int, least: int | None) -> None:
+    """An eighth of a block; fewer tokens are computed in less time than a block is copied in."""
+    m = Manager(stage, 8, block_size)
+    m.admit([1] * block_size)
+    if least is None:
+        assert m.match([1, 1]) == ([0], 1, None)
+        return
+    assert m.match([1] * least + [2] * 5) == ([], least, 0)
+    assert m.match([1] * (least - 1) + [2] * block_size) == ([], 0, None)
+
+
+def test_the_source_may_be_the_block_that_is_taken(stage: ModuleType) -> None:
+    """The copy comes before all that the step writes; it has been of use, so others go before it if there are any."""
+    m = Manager(stage, 2, 4)
+    m.manager.free(m.admit([1, 2, 3, 4]))
+    b = m.admit([1, 2, 9])
+    assert (b.block_table, m.manager.block_copies) == ([1], [(0, 1)])
+    assert m.cached() == [0]
+    m = Manager(stage, 1, 4)
+    m.manager.free(m.admit([1, 2, 3, 4]))
+    b = m.admit([1, 2, 9])
+    assert (b.block_table, m.manager.block_copies, m.cached()) == ([0], [(0, 0)], [])
+
+
+# ---------------------------------------------------------------------- figures, pictures, soundness
+
+
+def test_the_hit_rate_is_of_the_last_thousand(stage: ModuleType) -> None:
+    """Item 36: 0 before the first; what is older than a thousand sequences does not count."""
+    stats = submodule(stage, "metrics.stats").PrefixCacheStats()
+    assert stats.hit_rate == 0.0
+    stats.record(1000, 900)
+    assert stats.hit_rate == 0.9
+    for _ in range(999):
+        stats.record(10, 0)
+    assert stats.hit_rate == 900 / 10_990
+    stats.record(10, 5)
+    assert (stats.hit_rate, stats.queries, stats.hits) == (5 / 10_000, 11_000, 905)
+
+
+def test_the_tree(stage: ModuleType) -> None:
+    """Rows of blocks are joined up to where prefixes part; who lost his parent stands for himself."""
+    m = Manager(stage, 8, 2)
+    a, b = m.admit([1, 2, 3, 4, 5, 6]), m.admit([1, 2, 3, 4, 7, 8])
+    (root,) = m.cache.as_tree()
+    assert (root.block_ids, root.token_ids, root.ref_cnt) == ([0, 1], [1, 2, 3, 4], 2)
+    assert [(node.token_ids, node.ref_cnt, node.is_orphan) for node in root.children] == [
+        ([5, 6], 1, False),
+        ([7, 8], 1, False),
+    ]
+    text = m.manager.render_prefix_cache().splitlines()
+    assert text == [
+        "prefix cache: 4 blocks of 2 tokens",
+        "└─ 2 × [1 2 3 4] held by 2",
+        "   ├─ 1 × [5 6] held by 1",
+        "   └─ 1 × [7 8] held by 1",
+    ]
+    m.manager.free(a)
+    m.manager.free(b)
+    assert "free, 0 go before it" in m.manager.render_prefix_cache(lambda ids: "".join(map(str, ids)))
+    m.cache.evict(m.pool.blocks[0])
+    assert [node.is_orphan for node in m.cache.as_tree()] == [True]
+    assert "… 3 4" in m.manager.render_prefix_cache()
+
+
+@pytest.mark.parametrize("damage", ["hash", "map", "children"])
+def test_corruption_is_found(stage: ModuleType, damage: str) -> None:
+    m = Manager(stage, 4, 2)
+    m.manager.free(m.admit([1, 2, 3]))
+    m.pool.check_integrity([])
+    if damage == "hash":
+        m.pool.blocks[0].block_hash = None
+    elif damage == "map":
+        m.cache._blocks.clear()
+    else:
+        m.cache._children.clear()
+    with pytest.raises(RuntimeError, match="cached"):
+        m.pool.check_integrity([])
+
+
+def test_a_preempted_sequence_finds_its_own_blocks(stage: ModuleType) -> None:
+    """It counts once, with what it found when it first came."""
+    scheduler = make_scheduler(stage, enable_prefix_caching=True, num_kv_blocks=20, block_size=4)
+    seq = make_seq(stage, "a", list(range(10, 20)))
+    scheduler.add_sequence(seq)
+    output = submodule(stage, "outputs").ModelRunnerOutput
+    for _ in range(3):
+        scheduler.update_from_output(scheduler.schedule(), output([5], {}, {}))
+    scheduler.undo(scheduler.schedule())
+    assert (seq.num_computed_tokens, seq.num_tokens) == (0, 13)
+    scheduled = scheduler.schedule()
+    assert scheduled.num_scheduled_tokens == {"a-0": 1}, "twelve tokens in three blocks"
+    assert seq.num_cached_tokens == 0
+    stats = scheduler.make_stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"]) == (10, 0)

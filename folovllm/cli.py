@@ -1,4 +1,4 @@
-"""The `folovllm` command: talk to a stage, show what a stage changed, look after the ledger.
+"""The `folovllm` command: talk to a stage, quantise and evaluate a model, show what a stage changed, keep the ledger.
 
 A fault of the user is one sentence on stderr and exit code 2. Stages, and with them torch, are imported only by the
 commands that run one.
@@ -100,6 +100,49 @@ def _answer(llm: Any, messages: list[dict[str, str]], params: Any) -> str:
     return answer
 
 
+def quantize_command(args: argparse.Namespace) -> int:
+    """Write a quantised copy of a checkpoint and print what it cost."""
+    from .quantize import quantize
+
+    report = quantize(
+        args.model,
+        args.out,
+        bits=args.bits,
+        group_size=args.group_size,
+        act_order=args.act_order,
+        sym=args.sym,
+        method=args.method,
+        calibration=_read_text(args.calibration),
+        num_samples=args.samples,
+        sample_length=args.sample_length,
+        stage=args.stage,
+        device=args.device,
+        dtype=args.dtype,
+        log_level="WARNING",
+    )
+    print(report)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Print the perplexity of a text."""
+    from .evaluate import evaluate
+
+    options = {"stage": args.stage, "device": args.device, "dtype": args.dtype, "log_level": "WARNING"}
+    perplexity, num_tokens, window = evaluate(args.model, _read_text(args.text), window=args.window, **options)
+    what = args.text or "what the model itself says"
+    print(f"perplexity {perplexity:.4f} of {what} ({num_tokens:,} tokens, windows of {window})")
+    return 0
+
+
+def _read_text(path: str | None) -> str | None:
+    try:
+        return None if path is None else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+
+
 def diff(args: argparse.Namespace) -> int:
     """Print the diff of two stages, or its summary, or write it as a page."""
     found = stages.diff(stages.find_root(), args.a, args.b, args.file)
@@ -156,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument("--seed", type=int, help="makes the answers repeatable")
     talk.set_defaults(run=chat)
 
+    _add_quantize_and_eval(commands)
     _add_diff(commands)
     ledger = commands.add_parser("stages", help="look after the stages: check, diff, port")
     actions = ledger.add_subparsers(metavar="ACTION", required=True)
@@ -167,6 +211,37 @@ def _parser() -> argparse.ArgumentParser:
     carry.add_argument("--base", default="HEAD", help="the revision that the fix is measured against (default: HEAD)")
     carry.set_defaults(run=port)
     return parser
+
+
+def _add_quantize_and_eval(commands: Any) -> None:
+    parser = commands.add_parser("quantize", help="write a copy of a model with weights of 4 or 8 bits (GPTQ)")
+    parser.add_argument("model", metavar="MODEL", help="hub id or local folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("--bits", type=int, default=4, help="4 or 8 (default: 4)")
+    parser.add_argument("--group-size", type=int, default=128, help="inputs that share a scale; -1: all (default: 128)")
+    parser.add_argument("--act-order", action="store_true", help="round the inputs that matter most first")
+    grid = parser.add_mutually_exclusive_group()
+    grid.add_argument("--sym", action="store_true", default=True, help="a grid symmetric around zero (default)")
+    grid.add_argument("--asym", action="store_false", dest="sym", help="a grid from the least to the largest weight")
+    parser.add_argument("--method", default="gptq", choices=("gptq", "rtn"), help="rtn: round to nearest, to compare")
+    parser.add_argument("--calibration", metavar="FILE", help="text to fit to (default: what the model itself says)")
+    parser.add_argument("--samples", type=int, default=64, help="windows of it (default: 64)")
+    parser.add_argument("--sample-length", type=int, help="tokens of a window (default: 512)")
+    _add_common(parser, dtype="float32")
+    parser.set_defaults(run=quantize_command)
+
+    parser = commands.add_parser("eval", help="perplexity of a text; less is better")
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=str(TINY), help="default: the embedded model")
+    parser.add_argument("--text", metavar="FILE", help="to compare models by (default: what this one says)")
+    parser.add_argument("--window", type=int, help="tokens that the model sees at once (default: 512)")
+    _add_common(parser, dtype="auto")
+    parser.set_defaults(run=evaluate_command)
+
+
+def _add_common(parser: argparse.ArgumentParser, dtype: str) -> None:
+    parser.add_argument("--dtype", default=dtype, help=f"to compute in (default: {dtype})")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--stage", help="which stage does it (default: FOLOVLLM_STAGE, or the newest)")
 
 
 def _add_diff(commands: Any) -> None:

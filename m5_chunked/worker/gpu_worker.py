@@ -94,8 +94,7 @@ class GPUWorker:
         if cuda_graphs is not None:
             started = time.perf_counter()
             mib, sizes = cuda_graphs.capture() / 2**20, cuda_graphs.sizes + cuda_graphs.token_sizes
-            seconds = time.perf_counter() - started
-            logger.info("CUDA graphs: %d sizes, %.1f s, %.0f MiB", len(sizes), seconds, mib)
+            logger.info("CUDA graphs: %d sizes, %.1f s, %.0f MiB", len(sizes), time.perf_counter() - started, mib)
         self.model_runner = ModelRunner(model, input_batch, kv_caches, cuda_graphs)
 
     def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from ..conftest import CheckpointPath, GetOracle, MakeLLM, forget_prefixes, no_p
 from ..property.test_engine import check_empty
 from ..property.test_paged import check_oracle
 from ..unit.test_cache import caches
+from ..unit.test_prefix_cache import make_seq
 
 pytestmark = pytest.mark.since("m6")
 
@@ -168,6 +169,33 @@ def test_reset_while_somebody_runs(stage: ModuleType, make_llm: MakeLLM, caplog:
     assert len(llm.engine.core.scheduler.kv_cache_manager.prefix_cache) == 5
     assert llm.reset_prefix_cache() is True
     assert len(llm.engine.core.scheduler.kv_cache_manager.prefix_cache) == 0
+
+
+def test_who_is_forgotten_first(stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle) -> None:
+    """Sixteen blocks of 4: what was used longest ago goes first, of each text its end before its beginning.
+
+    Three texts of 17 tokens leave four blocks each, and the first comes a second time. A long one then takes the four
+    that nobody can find and two more, which are the last two of the second text.
+    """
+    llm = make_llm(max_model_len=LENGTH, block_size=4, num_kv_blocks=16)
+    poison(stage, llm)
+    rng = random.Random(4)
+    a, b, c = ([100 * text + rng.randrange(100) for _ in range(17)] for text in (1, 2, 3))
+    long = [rng.randrange(400, 500) for _ in range(21)]
+    arguments = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
+    manager = llm.engine.core.scheduler.kv_cache_manager
+    before = manager.prefix_cache.num_evictions
+    found = [generate(stage, llm, [(prompt, arguments)])[0].num_cached_tokens for prompt in (a, b, c, a)]
+    assert (found, len(manager.prefix_cache)) == ([0, 0, 0, 16], 12)
+    for prompt, evicted, left in ((long, 2, (16, 8, 16)), (long[::-1], 7, (16, 0, 4)), ([7] * 40, 16, (0, 0, 0))):
+        assert generate(stage, llm, [(prompt, arguments)])[0].num_cached_tokens == 0
+        record = llm.engine.stats.steps[-1]
+        assert record.prefix_cache_evictions - before == evicted
+        assert record.kv_slots_cached == 4 * len(manager.prefix_cache)
+        assert tuple(manager.get_computed_blocks(make_seq(stage, "?", text)).num_tokens for text in (a, b, c)) == left
+    for prompt in (a, b, c):
+        (output,) = generate(stage, llm, [(prompt, arguments)])
+        get_oracle("qwen3").check(prompt, output.token_ids, stage.SamplingParams(**arguments))
 
 
 def test_large_blocks_hit_by_the_token(stage: ModuleType, checkpoint_path: CheckpointPath) -> None:

@@ -238,7 +238,7 @@ class Prefixes(RuleBasedStateMachine):
         size = self.block_size
         targets = [target for _, target in scheduled.block_copies]
         assert len(set(targets)) == len(targets), "two copies to one block"
-        assert all(self.pool.blocks[target].ref_cnt == 1 for target in targets), "a copy that nobody waits for"
+        assert all(self.pool.blocks[target].ref_cnt > 0 for target in targets), "a copy that nobody waits for"
         read = [[self.slots.get(source * size + i) for i in range(size)] for source, _ in scheduled.block_copies]
         for (_, target), content in zip(scheduled.block_copies, read, strict=True):
             self.slots.update({target * size + i: None if garbage else name for i, name in enumerate(content)})

@@ -8,6 +8,7 @@ tests/property/test_prefix_cache.py, tokens of whole engines in tests/integratio
 from __future__ import annotations
 
 import hashlib
+import random
 from array import array
 from collections.abc import Callable
 from types import ModuleType
@@ -16,18 +17,18 @@ from typing import Any
 import pytest
 
 from ..conftest import submodule
-from ..property.test_scheduler import make_scheduler
+from ..property.test_scheduler import Drive, ids, make_scheduler
 
 pytestmark = pytest.mark.since("m6")
 
 
-def make_seq(stage: ModuleType, name: str, tokens: list[int], salt: str | None = None) -> Any:
+def make_seq(stage: ModuleType, name: str, tokens: list[int], salt: str | None = None, max_tokens: int = 100) -> Any:
     request = stage.Request(
         request_id=name,
         prompt=None,
         prompt_token_ids=tokens,
         sampling_params=stage.SamplingParams(),
-        max_tokens=100,
+        max_tokens=max_tokens,
         eos_token_ids=(),
         arrival_time=0.0,
         cache_salt=salt,
@@ -164,6 +165,35 @@ def test_the_order_in_which_blocks_go(stage: ModuleType) -> None:
     assert m.match([1, 2, 3, 4, 5])[:2] == ([0, 1], 4)
 
 
+def test_vllms_two_requests_that_are_let_go(stage: ModuleType) -> None:
+    """Item 40, with vLLM's figures: [5, 4 | 6 … 10 | 3, 2, 1], and they are given in that order; ours count from 0."""
+    m = Manager(stage, 10, 16)
+    head = [t for t in range(3) for _ in range(16)]
+    a, b = m.admit([*head, *[3] * 7]), m.admit([*head, *[3] * 5])
+    assert (a.block_table, b.block_table) == ([0, 1, 2, 3], [0, 1, 2, 4])
+    m.manager.free(a)
+    m.manager.free(b)
+    assert m.free() == [4, 3, 5, 6, 7, 8, 9, 2, 1, 0]
+    c = m.admit([99] * (16 * 9))
+    assert c.block_table == [4, 3, 5, 6, 7, 8, 9, 2, 1]
+    assert m.match([*head, 5])[0] == [0], "of the old prefix only its head is left"
+
+
+def test_vllms_oldest_request_goes_first(stage: ModuleType) -> None:
+    """Item 42, with vLLM's figures: [6, 10, 5, 4, 3, 2, 1], then + [9, 8, 7]; a hit takes 1 and 2 out, and a new 6."""
+    m = Manager(stage, 10, 16)
+    first = list(range(5 * 16 + 7))
+    a, b = m.admit(first), m.admit(list(range(100, 100 + 3 * 16)))
+    assert (a.block_table, b.block_table) == ([0, 1, 2, 3, 4, 5], [6, 7, 8])
+    m.manager.free(a)
+    assert m.free() == [5, 9, 4, 3, 2, 1, 0]
+    m.manager.free(b)
+    assert m.free() == [5, 9, 4, 3, 2, 1, 0, 8, 7, 6]
+    c = m.admit([*first[:32], 500, 501, 502])
+    assert (c.block_table, c.num_cached_tokens, m.free()) == ([0, 1, 5], 32, [9, 4, 3, 2, 8, 7, 6])
+    assert m.manager.num_free_blocks == 7
+
+
 def test_a_block_is_forgotten_when_it_is_used_again_and_not_before(stage: ModuleType) -> None:
     """Item 43."""
     m = Manager(stage, 2, 4)
@@ -223,6 +253,25 @@ def test_salts(stage: ModuleType) -> None:
     m.admit([1] * 9, "x")
     assert m.match([1] * 9, "x")[1] == 8
     assert [m.match([1] * 9, salt)[1] for salt in (None, "y", "root")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17])
+def test_salts_of_prompts_of_any_length(stage: ModuleType, length: int) -> None:
+    """Item 48: whole blocks and parts of them, the whole prompt and one that parts from it: the tenant's own only."""
+    m = Manager(stage, 80, 4)
+    tokens = list(range(50, 50 + length))
+    seqs = [m.admit(tokens, salt) for salt in (None, "x", "y", "", "saltx", "root")]
+    tables = [seq.block_table for seq in seqs]
+    assert len({block for table in tables for block in table}) == sum(map(len, tables)), "nobody shares a block"
+    assert [seq.num_cached_tokens for seq in seqs] == [0] * 6 and m.manager.block_copies == []
+    found = length // 4 * 4
+    for table, salt in zip(tables, (None, "x", "y", "", "saltx", "root"), strict=True):
+        assert m.match([*tokens, 9], salt) == (table[: length // 4], found, None)
+        expected = (min(found, length - 1), table[length // 4 - 1] if found == length else None)
+        assert m.match(tokens, salt)[1:] == expected, "all but the last token, which is needed again"
+        if found:
+            assert m.match([*tokens[: found - 1], 9, 9], salt)[1:] == (found - 1, table[found // 4 - 1])
+    assert m.match([*tokens, 9], "z") == m.match([*tokens[:2], 9, 9], "z") == ([], 0, None)
 
 
 def test_the_first_of_two_equal_blocks_is_the_one(stage: ModuleType) -> None:
@@ -300,6 +349,36 @@ def test_a_copy_must_be_worth_it(stage: ModuleType, block_size: int, least: int 
         return
     assert m.match([1] * least + [2] * 5) == ([], least, 0)
     assert m.match([1] * (least - 1) + [2] * block_size) == ([], 0, None)
+
+
+@pytest.mark.parametrize("with_parts", [True, False])
+def test_short_prefixes_in_large_blocks(stage: ModuleType, with_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt, then 63 that share 200 tokens with it, blocks of 256: all found, and nothing without parts of blocks.
+
+    The scheduler alone, all 63 at once; whole blocks that are equal are found either way.
+    """
+    if not with_parts:
+        monkeypatch.setattr(submodule(stage, "core.prefix_cache"), "MIN_COPIED_SHARE", 2.0)
+    sizes = {"max_model_len": 1024, "block_size": 256, "num_kv_blocks": 300, "max_num_seqs": 100}
+    drive = Drive(stage, enable_prefix_caching=True, max_num_batched_tokens=40_000, **sizes)
+    rng = random.Random(0)
+    head = [rng.randrange(1, 512) for _ in range(200)]
+    seqs = [make_seq(stage, "0", [*head, 1000, *[3] * 150], max_tokens=1)]
+    for number in range(1, 64):
+        own = [1000 + number, *[3] * rng.randint(99, 199)]
+        seqs.append(make_seq(stage, f"{number}", head + own, max_tokens=1))
+    for group in (seqs[:1], seqs[1:]):
+        for seq in group:
+            drive.scheduler.add_sequence(seq)
+        scheduled = drive.step()
+        assert ids(scheduled.seqs) == ids(group)
+    assert min(seq.num_prompt_tokens for seq in seqs) >= 300
+    found = [seq.num_cached_tokens for seq in seqs]
+    assert found == [0] + [200 if with_parts else 0] * 63
+    stats = drive.scheduler.make_stats()
+    assert (stats["num_copied_blocks"], stats["prefix_cache_hits"]) == ((63, 63 * 200) if with_parts else (0, 0))
+    manager = drive.scheduler.kv_cache_manager
+    assert manager.get_computed_blocks(make_seq(stage, "?", seqs[5].token_ids[:300])).num_tokens >= 256
 
 
 def test_the_source_may_be_the_block_that_is_taken(stage: ModuleType) -> None:
@@ -386,3 +465,68 @@ def test_a_preempted_sequence_finds_its_own_blocks(stage: ModuleType) -> None:
     assert seq.num_cached_tokens == 0
     stats = scheduler.make_stats()
     assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"]) == (10, 0)
+
+
+def test_who_lost_his_blocks_finds_what_is_left_of_them(stage: ModuleType) -> None:
+    """Two who grow in eight blocks: the second is preempted, the first takes its last block, three are found again."""
+    sizes = {"max_model_len": 32, "block_size": 4, "num_kv_blocks": 8, "max_num_seqs": 2}
+    drive = Drive(stage, enable_prefix_caching=True, **sizes)
+    a, b = make_seq(stage, "a", list(range(100, 112)), max_tokens=7), make_seq(stage, "b", list(range(200, 212)))
+    for seq in (a, b):
+        drive.scheduler.add_sequence(seq)
+    drive.step()
+    for _ in range(4):
+        drive.step()
+    assert (len(a.block_table), len(b.block_table), b.num_tokens) == (4, 4, 17)
+    table = list(b.block_table)
+    assert ids(drive.step().seqs) == ["a-0"] and drive.waiting == ["b-0"]
+    assert a.block_table[-1] == table[-1], "tail before head"
+    assert drive.scheduler.num_preemptions == {"no free block": 1}
+    assert ids(drive.step().seqs) == ["a-0"] and a.is_finished
+    scheduled = drive.step()
+    assert scheduled.num_scheduled_tokens == {"b-0": 5}, "twelve of its seventeen tokens were there"
+    assert b.block_table[:3] == table[:3] and b.num_cached_tokens == 0
+    stats = drive.scheduler.make_stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"]) == (24, 0), "it came once"
+
+
+def test_who_is_looked_up_again_and_again_counts_once(stage: ModuleType) -> None:
+    """Item 19: there is no room for the second until the first is done; what it finds is what it finds then."""
+    sizes = {"max_model_len": 32, "block_size": 4, "num_kv_blocks": 8, "max_num_seqs": 4}
+    drive = Drive(stage, enable_prefix_caching=True, **sizes)
+    a = make_seq(stage, "a", list(range(100, 120)), max_tokens=5)
+    b = make_seq(stage, "b", [*range(100, 116), *range(300, 316)][:31], max_tokens=1)
+    drive.scheduler.add_sequence(a)
+    drive.step()
+    drive.scheduler.add_sequence(b)
+    for _ in range(4):
+        assert ids(drive.step().seqs) == ["a-0"]
+        assert (b.num_computed_tokens, b.block_table, b.num_cached_tokens) == (0, [], None)
+        assert drive.scheduler.make_stats()["prefix_cache_queries"] == 20
+    assert a.is_finished
+    assert drive.step().num_scheduled_tokens == {"b-0": 15}
+    stats = drive.scheduler.make_stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"], b.num_cached_tokens) == (51, 16, 16)
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+def test_a_hit_that_nobody_holds_takes_a_free_block(stage: ModuleType, is_free: bool) -> None:
+    """Item 46, at admission: of blocks that others hold none are needed, of free ones as many as are hit.
+
+    `other` runs and leaves 5 blocks of 10; 4 are found, 2 are new.
+    """
+    sizes = {"max_model_len": 40, "block_size": 4, "num_kv_blocks": 10, "max_num_seqs": 4}
+    drive = Drive(stage, enable_prefix_caching=True, **sizes)
+    prefix = list(range(100, 116))
+    first = make_seq(stage, "first", prefix, max_tokens=1 if is_free else 9)
+    other = make_seq(stage, "other", list(range(300, 319 if is_free else 303)), max_tokens=9)
+    for seq in (first, other):
+        drive.scheduler.add_sequence(seq)
+    drive.step()
+    num_free = 5
+    assert drive.scheduler.kv_cache_manager.num_free_blocks == num_free
+    drive.scheduler.add_sequence(make_seq(stage, "last", [*prefix, *range(500, 507)], max_tokens=1))
+    scheduled = drive.step()
+    assert ("last-0" in scheduled.num_scheduled_tokens) is not is_free
+    if not is_free:
+        assert scheduled.num_scheduled_tokens["last-0"] == 7

@@ -1,9 +1,11 @@
-"""Products with a packed weight in Triton: unpack, scale and multiply in one pass, so that only codes are read.
+"""Products with a packed weight in Triton: unpack, multiply and scale in one pass, so that only codes are read.
 
-Of one token the product is a matter of reading the weight, done with ordinary multiplications (`_matvec_kernel`); for
-a few more, tensor cores multiply what was unpacked in registers (`_matmul_kernel`); for many, the weight is unpacked to
-memory once (`_dequantize_kernel`) and torch's own product is best. How the weight lies in memory is described at
-`quantization.py::PackedWeight`. Sums have a fixed order: the same inputs give the same bits.
+A product with few tokens is a matter of reading the weight, if unpacking keeps up: at four bits 4 TB/s are 8 * 10**12
+weights a second, for each of which a multiprocessor has three instructions and a half. So codes become floats without a
+conversion, two at a time, in the registers that tensor cores read them from, and their scale is applied to sums. For
+many tokens the weight is unpacked to memory once (`_dequantize_kernel`) and torch's own product is best. How the weight
+lies in memory is described at `quantization.py::PackedWeight`. Sums have a fixed order: the same inputs give the same
+bits.
 """
 
 from __future__ import annotations
@@ -26,12 +28,10 @@ except ImportError:  # a CPU does without
 BLOCK = 128  # inputs whose codes lie together
 MAX_ROWS = 64  # of x, above which unpacking first and an ordinary product are faster
 
-# matvec: outputs a program computes, the most blocks that it reads at a time, and warps.
-MATVEC_ROWS, MATVEC_BLOCKS, MATVEC_WARPS = 4, 32, 4
-# matmul: outputs a program computes, words of each that it reads at a time, warps, and depth of the pipeline.
-MATMUL_OUTPUTS, MATMUL_WORDS, MATMUL_WARPS, MATMUL_STAGES = 64, 64, 4, 3
-# matmul: programs that keep a multiprocessor reading, and the most parts that a row of the weight is cut into.
-MATMUL_PROGRAMS, MATMUL_MAX_SPLITS = 4, 16
+# Outputs a program computes, its warps, and the depth of its pipeline.
+OUTPUTS, WARPS, STAGES = 128, 4, 4
+# Programs that keep a multiprocessor reading, and the most parts that a row of the weight is cut into.
+PROGRAMS, MAX_SPLITS = 4, 16
 
 
 def is_available(x: torch.Tensor, group_size: int) -> bool:
@@ -43,28 +43,17 @@ def matmul(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     """x [M, K], weight of [N, K], bias [N] or None, x and bias contiguous -> x W^T + b [M, N]; meant for small M."""
     (num_rows, num_inputs), (num_outputs, num_groups) = x.shape, weight.scales.shape
     out = x.new_empty(num_rows, num_outputs)
-    num_blocks = triton.cdiv(num_inputs, BLOCK)
-    sizes = (num_outputs, num_inputs, num_blocks, num_groups)
-    constants = group_constants(weight.group_size, weight.bits)
-    packed = weight.qweight, weight.qzeros, weight.scales
-    if num_rows == 1:
-        rows = max(1, min(MATVEC_ROWS, num_outputs // 1024))  # so that the whole device is reading
-        blocks = min(MATVEC_BLOCKS, triton.next_power_of_2(num_blocks))
-        _matvec_kernel[(triton.cdiv(num_outputs, rows),)](
-            x, *packed, bias, out, *sizes,
-            HAS_BIAS=bias is not None, ROWS=rows, BLOCKS=blocks, num_warps=MATVEC_WARPS, **constants,
-        )  # fmt: skip
-        return out
-    tile = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-    blocks = MATMUL_WORDS // constants["WORDS"]
-    num_tiles, num_row_tiles = triton.cdiv(num_outputs, MATMUL_OUTPUTS), triton.cdiv(num_rows, tile)
-    num_steps = triton.cdiv(num_blocks, blocks)
-    num_splits = choose_num_splits(num_tiles * num_row_tiles, num_steps, x.device)
+    num_blocks, num_tiles = triton.cdiv(num_inputs, BLOCK), triton.cdiv(num_outputs, OUTPUTS)
+    tile = max(16, min(64, triton.next_power_of_2(num_rows)))
+    num_row_tiles = triton.cdiv(num_rows, tile)
+    num_splits = choose_num_splits(num_tiles * num_row_tiles, num_blocks, x.device)
     parts = x.new_empty(num_splits, num_rows, num_outputs, dtype=torch.float32) if num_splits > 1 else out
     _matmul_kernel[(num_tiles, num_row_tiles, num_splits)](
-        x, *packed, bias, parts, num_rows, *sizes, triton.cdiv(num_steps, num_splits),
-        HAS_BIAS=bias is not None and num_splits == 1, OUTPUTS=MATMUL_OUTPUTS, TILE=tile, BLOCKS=blocks,
-        num_warps=MATMUL_WARPS, num_stages=MATMUL_STAGES, **constants,
+        x, weight.qweight, weight.qzeros, weight.scales, bias, parts,
+        num_rows, num_outputs, num_inputs, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits),
+        HAS_BIAS=bias is not None and num_splits == 1, OUTPUTS=OUTPUTS, TILE=tile,
+        HALVES=x.is_cuda and weight.bits == 4 and x.dtype != torch.float32,  # the interpreter knows no PTX
+        num_warps=WARPS, num_stages=STAGES, **group_constants(weight.group_size, weight.bits),
     )  # fmt: skip
     if num_splits > 1:
         _sum_parts_kernel[(triton.cdiv(num_outputs, 256), num_rows)](
@@ -73,11 +62,11 @@ def matmul(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     return out
 
 
-def choose_num_splits(num_programs: int, num_steps: int, device: torch.device) -> int:
+def choose_num_splits(num_programs: int, num_blocks: int, device: torch.device) -> int:
     """Into how many parts a row of the weight is cut, so that programs fill the device; none of them is empty."""
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(MATMUL_MAX_SPLITS, num_steps, triton.cdiv(num_units * MATMUL_PROGRAMS, num_programs))
-    return triton.cdiv(num_steps, triton.cdiv(num_steps, wanted))
+    wanted = min(MAX_SPLITS, num_blocks, triton.cdiv(num_units * PROGRAMS, num_programs))
+    return triton.cdiv(num_blocks, triton.cdiv(num_blocks, wanted))
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -107,12 +96,12 @@ if triton is not None:
 
     @triton.jit
     def _load_scale_and_zero(  # type: ignore[no-untyped-def]
-        scales_ptr, qzeros_ptr, row, group, mask, num_groups, BITS: tl.constexpr
+        scales_ptr, qzeros_ptr, output, group, mask, num_groups, BITS: tl.constexpr
     ):  # fmt: skip
-        """Of outputs [R] and groups [B]: float32 [R, B] both."""
-        scale = tl.load(scales_ptr + row[:, None] * num_groups + group[None, :], mask=mask, other=0.0)
-        word = tl.load(qzeros_ptr + (row * BITS // 32)[:, None] * num_groups + group[None, :], mask=mask, other=0)
-        zero = (word >> (row * BITS % 32)[:, None]) & (2**BITS - 1)
+        """Of outputs and groups that broadcast: float32 both."""
+        scale = tl.load(scales_ptr + output * num_groups + group, mask=mask, other=0.0)
+        word = tl.load(qzeros_ptr + output * BITS // 32 * num_groups + group, mask=mask, other=0)
+        zero = (word >> output * BITS % 32) & (2**BITS - 1)
         return scale.to(tl.float32), zero.to(tl.float32)
 
     @triton.jit
@@ -121,93 +110,82 @@ if triton is not None:
         field = ((words >> SHIFT) & (2**BITS - 1)) | 0x4B000000
         return field.to(tl.float32, bitcast=True) - (zero + 8388608.0)
 
+    # Of two words, each pair of fields as two halves of a register. Put into the mantissa of 128 (bfloat16) or 1024
+    # (float16), a code is a float without a conversion; what it was added to is taken off with the zero point.
+    _UNPACK = "{ .reg .b32 pair, high;" + "".join(
+        f"prmt.b32 pair, $8, $9, {0x0400 + 0x0101 * byte}; shr.u32 high, pair, 4;"
+        f"lop3.b32 ${2 * byte}, pair, 0x000f000f, MAGIC, 0xea; lop3.b32 ${2 * byte + 1}, high, 0x000f000f, MAGIC, 0xea;"
+        for byte in range(4)
+    ) + "}"  # fmt: skip
+    _UNPACK_BF16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x43004300"))
+    _UNPACK_FP16 = tl.constexpr(_UNPACK.replace("MAGIC", "0x64006400"))
+
     @triton.jit
-    def _matvec_kernel(  # type: ignore[no-untyped-def]
-        x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, out_ptr, num_outputs, num_inputs, num_blocks, num_groups,
-        HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-        BITS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
-    ):  # fmt: skip
-        # Put into the mantissa of 1.0, two fields of a word make floats with one shift: 1 + code / 2**n. The ones and
-        # the zero points are taken off the sum at the end of a group, by way of the sum of x.
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        word = tl.arange(0, WORDS)
-        total = tl.zeros([ROWS, BLOCKS], tl.float32)
-        for start in range(0, num_blocks, BLOCKS):
-            block = start + tl.arange(0, BLOCKS)
-            mask = (row < num_outputs)[:, None] & (block < num_blocks)[None, :]
-            offset = row.to(tl.int64)[:, None] * (num_blocks * WORDS) + block[None, :] * WORDS
-            words = tl.load(
-                qweight_ptr + offset[:, :, None] + word[None, None, :], mask=mask[:, :, None], other=0
-            )  # [ROWS, BLOCKS, WORDS]
-            for part in tl.static_range(GROUPS):
-                group = block * GROUPS + part if GROUPS > 1 else block // GROUP_BLOCKS
-                scale, zero = _load_scale_and_zero(scales_ptr, qzeros_ptr, row, group, mask, num_groups, BITS)
-                dot = tl.zeros([ROWS, BLOCKS, WORDS], tl.float32)
-                sum_x = tl.zeros([BLOCKS, WORDS], tl.float32)
-                sum_ones = tl.zeros([BLOCKS, WORDS], tl.float32)
-                for i in tl.static_range(part * 32 // BITS // GROUPS, (part + 1) * 32 // BITS // GROUPS):
-                    column = block[:, None] * (WORDS * 32 // BITS) + i * WORDS + word[None, :]
-                    x = tl.load(x_ptr + column, mask=column < num_inputs, other=0.0).to(tl.float32)
-                    scaled_x = x * 2 ** (8 - i * BITS % 8)
-                    # The byte that holds the field goes to bits 15 to 22.
-                    byte = words << (15 - i * BITS // 8 * 8) if i * BITS < 16 else words >> (i * BITS // 8 * 8 - 15)
-                    field = (byte & ((2**BITS - 1) << (15 + i * BITS % 8))) | 0x3F800000
-                    dot += field.to(tl.float32, bitcast=True) * scaled_x[None, :, :]
-                    sum_x += x
-                    sum_ones += scaled_x
-                offset_x = tl.sum(sum_ones, axis=1)[None, :] + zero * tl.sum(sum_x, axis=1)[None, :]
-                total += scale * (tl.sum(dot, axis=2) - offset_x)
-        result = tl.sum(total, axis=1)
-        if HAS_BIAS:
-            result += tl.load(bias_ptr + row, mask=row < num_outputs, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row, result.to(out_ptr.dtype.element_ty), mask=row < num_outputs)
+    def _unpack(words, dtype: tl.constexpr, HALVES: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Words [R, W] -> codes [R, W * 32 / BITS] of `dtype`: all first fields, then all second ones, and so on."""
+        if HALVES:
+            f0, f1, f2, f3, f4, f5, f6, f7 = tl.inline_asm_elementwise(
+                _UNPACK_BF16 if dtype == tl.bfloat16 else _UNPACK_FP16,
+                "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words], (tl.int16,) * 8, is_pure=True, pack=2,
+            )  # fmt: skip
+        elif BITS == 4:
+            f0, f1, f2, f3 = words & 15, words >> 4 & 15, words >> 8 & 15, words >> 12 & 15
+            f4, f5, f6, f7 = words >> 16 & 15, words >> 20 & 15, words >> 24 & 15, words >> 28 & 15
+        else:
+            f0, f1, f2, f3 = words & 255, words >> 8 & 255, words >> 16 & 255, words >> 24 & 255
+        # The bits of a field's number become dimensions before that of the words.
+        if BITS == 4:
+            even, odd = tl.join(tl.join(f0, f4), tl.join(f2, f6)), tl.join(tl.join(f1, f5), tl.join(f3, f7))
+            fields = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
+        else:
+            fields = tl.permute(tl.join(tl.join(f0, f2), tl.join(f1, f3)), (0, 2, 3, 1))
+        return tl.reshape(fields, [words.shape[0], words.shape[1] * (32 // BITS)]).to(dtype, bitcast=HALVES)
 
     @triton.jit
     def _matmul_kernel(  # type: ignore[no-untyped-def]
         x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, out_ptr,
         num_rows, num_outputs, num_inputs, num_blocks, num_groups, num_steps,
-        HAS_BIAS: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
+        HAS_BIAS: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, HALVES: tl.constexpr,
         BITS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
     ):  # fmt: skip
         # The weight is the left operand: its outputs fill the tensor cores' rows whatever the size of the batch.
         # out_ptr: [num_splits, num_rows, num_outputs], a part of the sum for each program of axis 2.
+        INPUTS: tl.constexpr = WORDS * 32 // BITS  # of a block
         output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         row = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        column = tl.arange(0, BLOCKS * WORDS)  # of the words that are read at a time
+        word, column = tl.arange(0, WORDS), tl.arange(0, INPUTS)
+        is_output = output < num_outputs
+        words_ptr = qweight_ptr + output.to(tl.int64)[:, None] * (num_blocks * WORDS) + word[None, :]
+        x_row_ptr = x_ptr + row.to(tl.int64)[None, :] * num_inputs
         first = tl.program_id(2) * num_steps
+        scale, zero = _load_scale_and_zero(
+            scales_ptr, qzeros_ptr, output, first * GROUPS // GROUP_BLOCKS, is_output, num_groups, BITS
+        )
+        offset = (128.0 if x_ptr.dtype.element_ty == tl.bfloat16 else 1024.0) if HALVES else 0.0
         total = tl.zeros([OUTPUTS, TILE], tl.float32)
-        for step in range(first, first + num_steps):
-            block = step * BLOCKS + tl.arange(0, BLOCKS)
-            words_mask = (output < num_outputs)[:, None] & (step * BLOCKS + column // WORDS < num_blocks)[None, :]
-            mask = (output < num_outputs)[:, None] & (block < num_blocks)[None, :]
-            offset = output.to(tl.int64)[:, None] * (num_blocks * WORDS) + step * (BLOCKS * WORDS) + column[None, :]
-            words = tl.load(qweight_ptr + offset, mask=words_mask, other=0)  # [OUTPUTS, BLOCKS * WORDS]
-            first_input = (step * BLOCKS + column // WORDS) * (WORDS * 32 // BITS) + column % WORDS
+        for block in range(first, tl.minimum(first + num_steps, num_blocks)):
+            words = tl.load(words_ptr + block * WORDS, mask=is_output[:, None], other=0)
+            codes = _unpack(words, x_ptr.dtype.element_ty, HALVES, BITS)  # [OUTPUTS, INPUTS]
             for part in tl.static_range(GROUPS):
-                group = block * GROUPS + part if GROUPS > 1 else block // GROUP_BLOCKS
-                scale, zero = _load_scale_and_zero(scales_ptr, qzeros_ptr, output, group, mask, num_groups, BITS)
-                scale = tl.reshape(
-                    tl.broadcast_to(scale[:, :, None], [OUTPUTS, BLOCKS, WORDS]), [OUTPUTS, BLOCKS * WORDS]
+                # Those of the next step, so that this one need not wait for them.
+                group = tl.minimum((block * GROUPS + part + 1) // GROUP_BLOCKS, num_groups - 1)
+                next_scale, next_zero = _load_scale_and_zero(
+                    scales_ptr, qzeros_ptr, output, group, is_output, num_groups, BITS
                 )
-                zero = tl.reshape(
-                    tl.broadcast_to(zero[:, :, None], [OUTPUTS, BLOCKS, WORDS]), [OUTPUTS, BLOCKS * WORDS]
-                )
-                for i in tl.static_range(part * 32 // BITS // GROUPS, (part + 1) * 32 // BITS // GROUPS):
-                    inputs = first_input + i * WORDS
-                    x = tl.load(
-                        x_ptr + row.to(tl.int64)[None, :] * num_inputs + inputs[:, None],
-                        mask=(row < num_rows)[None, :] & (inputs < num_inputs)[:, None],
-                        other=0.0,
-                    )  # [BLOCKS * WORDS, TILE]
-                    weight = (scale * _subtract_zero(words, zero, i * BITS, BITS)).to(x.dtype)
-                    total = tl.dot(weight, x, total, input_precision="ieee")
+                inputs = block * INPUTS + column
+                is_input = (inputs < num_inputs) & (column // (INPUTS // GROUPS) == part)
+                mask = is_input[:, None] & (row < num_rows)[None, :]
+                x = tl.load(x_row_ptr + inputs[:, None], mask=mask, other=0.0)  # [INPUTS, TILE]
+                weight = codes - (zero + offset).to(codes.dtype)[:, None]  # of other groups it is wrong, and x is 0
+                total += scale[:, None] * tl.dot(weight, x, input_precision="ieee")
+                scale, zero = next_scale, next_zero
         if HAS_BIAS:
-            total += tl.load(bias_ptr + output, mask=output < num_outputs, other=0.0).to(tl.float32)[:, None]
+            total += tl.load(bias_ptr + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
         out_row = tl.program_id(2).to(tl.int64) * num_rows + row
         tl.store(
             out_ptr + out_row[None, :] * num_outputs + output[:, None],
             total.to(out_ptr.dtype.element_ty),
-            mask=(row < num_rows)[None, :] & (output < num_outputs)[:, None],
+            mask=(row < num_rows)[None, :] & is_output[:, None],
         )
 
     @triton.jit
@@ -239,7 +217,9 @@ if triton is not None:
         out_ptr += tl.program_id(0).to(tl.int64) * num_inputs
         for part in tl.static_range(GROUPS):
             group = block * GROUPS + part if GROUPS > 1 else block // GROUP_BLOCKS
-            scale, zero = _load_scale_and_zero(scales_ptr, qzeros_ptr, row, group, mask[None, :], num_groups, BITS)
+            scale, zero = _load_scale_and_zero(
+                scales_ptr, qzeros_ptr, row[:, None], group[None, :], mask[None, :], num_groups, BITS
+            )
             scale, zero = tl.reshape(scale, [BLOCKS, 1]), tl.reshape(zero, [BLOCKS, 1])
             for i in tl.static_range(part * 32 // BITS // GROUPS, (part + 1) * 32 // BITS // GROUPS):
                 column = block[:, None] * (WORDS * 32 // BITS) + i * WORDS + word[None, :]

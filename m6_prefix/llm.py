@@ -159,6 +159,7 @@ class LLM:
         Returns:
             False, and nothing is forgotten, while requests run.
         """
+        self._check_open()
         return self.engine.reset_prefix_cache()
 
     def close(self) -> None:

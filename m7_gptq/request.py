@@ -77,7 +77,7 @@ class Sequence:
         num_computed_tokens: tokens whose keys and values are in the cache, or will be after the scheduled step.
         block_table: the blocks of the cache that hold them, in order.
         block_hashes: by which full blocks of its tokens are found in the prefix cache, as far as somebody has asked.
-        num_cached_tokens: how many were found there when it was first admitted; None before that.
+        num_cached_tokens: how many were found there when it was first admitted; -1 before that.
         stop_reason: the stop token that ended it, or the message of an error; None for EOS and for length.
     """
 
@@ -89,7 +89,7 @@ class Sequence:
     num_computed_tokens: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
-    num_cached_tokens: int | None = field(default=None, init=False)
+    num_cached_tokens: int = field(default=-1, init=False)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     stop_reason: int | str | None = field(default=None, init=False)
 

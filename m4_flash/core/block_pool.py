@@ -48,13 +48,7 @@ class FreeKVCacheBlockQueue:
 
     def append(self, block: KVCacheBlock) -> None:
         """`block` has become free. Raises RuntimeError if it is in the queue already."""
-        if block.next_free_block is not None:
-            raise RuntimeError(f"block {block.block_id} is in the free queue already")
-        last = self._tail.prev_free_block
-        assert last is not None
-        block.prev_free_block, block.next_free_block = last, self._tail
-        last.next_free_block = self._tail.prev_free_block = block
-        self.num_free_blocks += 1
+        self._link(self._tail.prev_free_block, block, self._tail)
 
     def remove(self, block: KVCacheBlock) -> None:
         """Take out a block wherever it stands. Raises RuntimeError if it is not in the queue."""
@@ -64,6 +58,14 @@ class FreeKVCacheBlockQueue:
         before.next_free_block, after.prev_free_block = after, before
         block.prev_free_block = block.next_free_block = None
         self.num_free_blocks -= 1
+
+    def _link(self, before: KVCacheBlock | None, block: KVCacheBlock, after: KVCacheBlock | None) -> None:
+        if block.next_free_block is not None:
+            raise RuntimeError(f"block {block.block_id} is in the free queue already")
+        assert before is not None and after is not None
+        block.prev_free_block, block.next_free_block = before, after
+        before.next_free_block = after.prev_free_block = block
+        self.num_free_blocks += 1
 
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
         """In the order in which they would be taken."""

@@ -39,23 +39,12 @@ class AttentionMetadata:
 
     def split(self) -> tuple[AttentionMetadata, AttentionMetadata]:
         """The decodes, and the others."""
-        num_seqs = self.num_decodes
-        decodes = replace(
-            self,
-            query_start_loc=self.query_start_loc[: num_seqs + 1],
-            seq_lens=self.seq_lens[:num_seqs],
-            max_query_len=1,
-            slot_mapping=self.slot_mapping[:num_seqs],
-            block_table=self.block_table[:num_seqs],
-            shared=None,
-        )
-        others = replace(
-            self,
-            query_start_loc=self.query_start_loc[num_seqs:] - num_seqs,
-            seq_lens=self.seq_lens[num_seqs:],
-            slot_mapping=self.slot_mapping[num_seqs:],
-            block_table=self.block_table[num_seqs:],
-            num_decodes=0,
-            shared=None,
-        )
-        return decodes, others
+        num, start = self.num_decodes, self.query_start_loc
+
+        def part(rows: slice, query_start_loc: torch.Tensor, max_query_len: int) -> AttentionMetadata:
+            changes: dict[str, Any] = {n: getattr(self, n)[rows] for n in ("seq_lens", "slot_mapping", "block_table")}
+            changes |= {"query_start_loc": query_start_loc, "max_query_len": max_query_len}
+            return replace(self, **changes, num_decodes=0, shared=None)
+
+        # A decode is one token, so that tokens are cut where sequences are.
+        return part(slice(num), start[: num + 1], 1), part(slice(num, None), start[num:] - num, self.max_query_len)

@@ -7,7 +7,7 @@ operations are O(1) a block, also taking one out of the middle of the free queue
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .prefix_cache import PrefixCache
@@ -17,8 +17,10 @@ from .prefix_cache import PrefixCache
 class KVCacheBlock:
     """Attributes:
     ref_cnt: how many sequences hold it; 0: it is free.
-    block_hash: of all tokens up to its last one, while the prefix cache can find it; else None.
-    parent_hash, index, token_ids: then also of all tokens before it, its number in the prefix, and its own tokens.
+    block_hash: of all tokens up to its last one; None: the prefix cache cannot find it, and the next three say nothing.
+    parent_hash: of the block before it.
+    index: its place in the prefix.
+    token_bytes: its own tokens, uint32.
     prev_free_block, next_free_block: its neighbours in the free queue; None while it is held.
     """
 
@@ -27,13 +29,17 @@ class KVCacheBlock:
     block_hash: bytes | None = None
     parent_hash: bytes = b""
     index: int = 0
-    token_ids: Sequence[int] = ()
+    token_bytes: bytes = b""
     prev_free_block: KVCacheBlock | None = None
     next_free_block: KVCacheBlock | None = None
 
+    @property
+    def token_ids(self) -> memoryview:
+        return memoryview(self.token_bytes).cast("I")
+
 
 class FreeKVCacheBlockQueue:
-    """Free blocks, longest free first: a doubly linked list whose links are the blocks' own.
+    """Free blocks in the order in which they will be taken: a doubly linked list whose links are the blocks' own.
 
     A deque could not take a block out of its middle, and its links would be objects to make and to throw away. The two
     ends are sentinels, so that every block in the queue has two neighbours.
@@ -47,7 +53,7 @@ class FreeKVCacheBlockQueue:
             self.append(block)
 
     def popleft(self) -> KVCacheBlock:
-        """Take the block that has been free for longest. Raises ValueError when there is none."""
+        """Take the first block. Raises ValueError when there is none."""
         block = self._head.next_free_block
         if block is None or block is self._tail:
             raise ValueError("no free blocks")

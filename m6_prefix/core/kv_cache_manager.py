@@ -51,14 +51,12 @@ class KVCacheManager:
     def num_used_slots(self, seqs: list[Sequence]) -> int:
         """Slots that hold a token of one of `seqs`, which are all that hold blocks."""
         # Only a sequence's last block has empty slots. Those that share it differ by a token at most, and whoever has
-        # come furthest counts; whoever holds more blocks after it has filled it.
-        empty: dict[int, list[int]] = {}
+        # come furthest counts.
+        empty: dict[int, int] = {}
         for seq in seqs:
             num_empty = len(seq.block_table) * self.block_size - seq.num_computed_tokens
-            empty.setdefault(seq.block_table[-1], []).append(num_empty)
-        blocks = self.block_pool.blocks
-        num_empty = sum(min(nums) for last, nums in empty.items() if len(nums) == blocks[last].ref_cnt)
-        return self.num_used_blocks * self.block_size - num_empty
+            empty[seq.block_table[-1]] = min(num_empty, empty.get(seq.block_table[-1], num_empty))
+        return self.num_used_blocks * self.block_size - sum(empty.values())
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that so many tokens fill, the last one perhaps in part."""
@@ -67,6 +65,10 @@ class KVCacheManager:
     def get_computed_blocks(self, seq: Sequence) -> ComputedBlocks:
         """What the cache has of the tokens of `seq`, which holds no blocks. Changes nothing."""
         return NOTHING_COMPUTED if self.prefix_cache is None else self.prefix_cache.match(seq)
+
+    def next_missing_block(self, seq: Sequence) -> bytes | None:
+        """The hash of the block that `seq` computes next; None if it will not be full, or can be found."""
+        return None if self.prefix_cache is None else self.prefix_cache.next_missing(seq)
 
     def allocate_slots(
         self,
@@ -84,30 +86,25 @@ class KVCacheManager:
         Returns:
             Whether there were enough; if not, nothing has changed.
         """
-        table, pool = seq.block_table, self.block_pool
-        num_new = self.num_blocks_for(seq.num_computed_tokens + num_new_tokens) - len(table) - len(computed.block_ids)
-        first = seq.num_computed_tokens // self.block_size  # the block that is written first
-        written = pool.blocks[table[first]] if first < len(table) else None
-        is_shared = written is not None and (written.ref_cnt > 1 or written.block_hash is not None)  # or can be found
-        num_free_hits = sum(pool.blocks[i].ref_cnt == 0 for i in computed.block_ids) if computed.block_ids else 0
-        if num_new + is_shared + num_free_hits + num_reserved_blocks > pool.num_free_blocks:
+        table, hits, pool = seq.block_table, computed.block_ids, self.block_pool
+        num_new = self.num_blocks_for(seq.num_computed_tokens + num_new_tokens) - len(table) - len(hits)
+        num_free_hits = sum(pool.blocks[block_id].ref_cnt == 0 for block_id in hits) if hits else 0
+        first, held = seq.num_computed_tokens // self.block_size, table or hits
+        written = pool.blocks[held[first]] if first < len(held) else None  # the block that is written first
+        num_holders = written.ref_cnt + bool(hits) if written is not None else 0
+        if num_new + num_free_hits + (num_holders > 1) + num_reserved_blocks > pool.num_free_blocks:
             return False
-        if computed.block_ids:
-            pool.touch(computed.block_ids)
-            table += computed.block_ids
-        if is_shared:  # copy on write
-            (copy,) = pool.get_new_blocks(1)
-            self.block_copies.append((table[first], copy))
+        if hits:
+            pool.touch(hits)
+            table += hits
+        if written is not None and (num_holders > 1 or written.block_hash is not None):  # shared, or can be found
+            # Copy on write. Let go before another is taken, it may itself be taken where it is the only one: a step
+            # does all copies before it writes anything.
             pool.free_blocks([table[first]])
-            table[first] = copy
-        if computed.copy_from is not None:
-            pool.touch([computed.copy_from])  # it has been of use, so others are taken first. Should there be none, it
-            pool.free_blocks([computed.copy_from])  # may be taken now: copies come before all that the step writes.
+            (table[first],) = pool.get_new_blocks(1)
+            self.block_copies.append((written.block_id, table[first]))
         if num_new > 0:
-            new_blocks = pool.get_new_blocks(num_new)
-            if computed.copy_from is not None:
-                self.block_copies.append((computed.copy_from, new_blocks[0]))
-            table += new_blocks
+            table += pool.get_new_blocks(num_new)
         return True
 
     def take_block_copies(self) -> list[tuple[int, int]]:
@@ -117,8 +114,8 @@ class KVCacheManager:
         return copies
 
     def note_admission(self, seq: Sequence) -> None:
-        """`seq` runs from this step on, which computes all but its `num_computed_tokens`."""
-        if seq.num_cached_tokens is None:
+        """`seq` has been admitted, and need not compute its first `num_computed_tokens`."""
+        if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
             if self.prefix_cache is not None:
                 self.prefix_cache_stats.record(seq.num_tokens, seq.num_cached_tokens)
@@ -130,7 +127,7 @@ class KVCacheManager:
         block_size = self.block_size
         for seq in seqs:
             end, num_new = seq.num_computed_tokens, num_new_tokens[seq.seq_id]
-            if end % block_size < num_new and seq.block_table:  # or it has been aborted
+            if end % block_size < num_new and seq.block_table:  # or it was aborted, and its blocks are gone
                 for index in range((end - num_new) // block_size, end // block_size):
                     self.prefix_cache.add(seq, index, self.block_pool.blocks[seq.block_table[index]])
 
@@ -140,6 +137,7 @@ class KVCacheManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.reset()
+        self.prefix_cache_stats.forget_recent()
         return True
 
     def make_stats(self) -> dict[str, Any]:

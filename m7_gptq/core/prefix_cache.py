@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of the blocks that begin where a match ends and with the right token, so many are looked at, the newest first.
 MAX_CANDIDATES = 8
-# A block is copied for this part of its tokens or more; or every prompt would be for the sake of its first token.
+# A block is copied for this part of its tokens or more: every other prompt begins with a token that some block has.
 MIN_COPIED_SHARE = 1 / 8
 
 
@@ -31,17 +31,16 @@ class ComputedBlocks(NamedTuple):
     """What the cache has of a sequence's tokens.
 
     Attributes:
-        block_ids: blocks whose tokens are all the sequence's, from its first one on.
-        num_tokens: tokens that need not be computed: all of these, and those at the beginning of `copy_from`.
-        copy_from: the block that begins like the sequence's next one, and is to be copied into it; None: no such block.
+        block_ids: blocks that hold the sequence's tokens, from its first one on; the last one perhaps at its beginning
+            only, so that it is copied before the sequence writes what comes next.
+        num_tokens: tokens that need not be computed.
     """
 
     block_ids: list[int]
     num_tokens: int
-    copy_from: int | None
 
 
-NOTHING_COMPUTED = ComputedBlocks([], 0, None)
+NOTHING_COMPUTED = ComputedBlocks([], 0)
 
 
 @dataclass(eq=False)
@@ -72,7 +71,8 @@ class PrefixCache:
         self.block_size = block_size
         self.num_evictions = 0
         self._blocks: dict[bytes, KVCacheBlock] = {}
-        # By `first_token_key`, the newest last. Hashes, not blocks: these are objects that the garbage collector skips.
+        # Of the blocks that follow the same tokens and begin with the same one (`first_token_key`), the newest last.
+        # Their hashes: bytes are nothing that the garbage collector has to look at.
         self._children: dict[bytes, dict[bytes, None]] = {}
 
     def __len__(self) -> int:
@@ -94,20 +94,28 @@ class PrefixCache:
             parent_hash = block_hash
         num_tokens = len(block_ids) * block_size
         rest = seq.token_ids[num_tokens : min(num_tokens + block_size, limit)]
-        copy_from, num_copied = self._match_part(parent_hash, rest)
-        return ComputedBlocks(block_ids, num_tokens + num_copied, copy_from)
+        part, num_equal = self._match_part(parent_hash, rest)
+        return ComputedBlocks(block_ids + part, num_tokens + num_equal)
 
-    def _match_part(self, parent_hash: bytes, token_ids: list[int]) -> tuple[int | None, int]:
-        """The block after `parent_hash` that has most of `token_ids` at its beginning, and how many; or None and 0."""
-        best, most = None, max(int(MIN_COPIED_SHARE * self.block_size), 1) - 1
+    def next_missing(self, seq: Sequence) -> bytes | None:
+        """The hash of the block that `seq` computes next; None if it will not be full, or is there already."""
+        index = seq.num_computed_tokens // self.block_size
+        if index >= len(seq.block_hashes) or seq.block_hashes[index] in self._blocks:
+            return None
+        return seq.block_hashes[index]
+
+    def _match_part(self, parent_hash: bytes, token_ids: list[int]) -> tuple[list[int], int]:
+        """The block after `parent_hash` that has most of `token_ids` at its beginning, and how many; or none."""
+        best: list[int] = []
+        most = max(int(MIN_COPIED_SHARE * self.block_size), 1) - 1
         if len(token_ids) > most:
-            children = self._children.get(first_token_key(parent_hash, token_ids[0]), {})
+            children = self._children.get(first_token_key(parent_hash, token_bytes(token_ids)), {})
             for block_hash in islice(reversed(children), MAX_CANDIDATES):
                 block = self._blocks[block_hash]
                 num_equal = num_equal_tokens(block.token_ids, token_ids)
                 if num_equal > most:
-                    best, most = block.block_id, num_equal
-        return best, most if best is not None else 0
+                    best, most = [block.block_id], num_equal
+        return best, most if best else 0
 
     def add(self, seq: Sequence, index: int, block: KVCacheBlock) -> None:
         """`block`, number `index` of `seq`, has been computed. If there is another one like it, that one stays.
@@ -120,18 +128,19 @@ class PrefixCache:
             return
         if block.block_hash is not None:
             raise RuntimeError(f"block {block.block_id} is in the prefix cache already")
-        block.block_hash, block.index = hashes[index], index
-        block.parent_hash = hashes[index - 1] if index > 0 else root_hash(seq.request.cache_salt)
-        block.token_ids = array("I", seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+        block.index, block.parent_hash = index, hashes[index - 1] if index > 0 else root_hash(seq.request.cache_salt)
+        block.token_bytes = token_bytes(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+        siblings = self._children.setdefault(first_token_key(block.parent_hash, block.token_bytes), {})
+        block.block_hash = hashes[index]
         self._blocks[block.block_hash] = block
-        self._children.setdefault(first_token_key(block.parent_hash, block.token_ids[0]), {})[block.block_hash] = None
+        siblings[block.block_hash] = None
 
     def evict(self, block: KVCacheBlock) -> None:
         """`block` is about to be used for other tokens. One that is not in the cache is ignored."""
         if block.block_hash is None:
             return
         del self._blocks[block.block_hash]
-        key = first_token_key(block.parent_hash, block.token_ids[0])
+        key = first_token_key(block.parent_hash, block.token_bytes)
         siblings = self._children[key]
         del siblings[block.block_hash]
         if not siblings:
@@ -158,7 +167,7 @@ class PrefixCache:
     def as_tree(self) -> list[PrefixNode]:
         """All cached prefixes, as trees that branch where they part."""
         nodes = {
-            block_hash: PrefixNode([block.block_id], list(block.token_ids), block.ref_cnt)
+            block_hash: PrefixNode([block.block_id], block.token_ids.tolist(), block.ref_cnt)
             for block_hash, block in self._blocks.items()
         }
         roots: list[PrefixNode] = []
@@ -218,14 +227,19 @@ def extend_hashes(seq: Sequence, block_size: int) -> list[bytes]:
     if len(hashes) < num_full:
         parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
         for start in range(len(hashes) * block_size, num_full * block_size, block_size):
-            parent = hashlib.sha256(parent + array("I", token_ids[start : start + block_size]).tobytes()).digest()
+            parent = hashlib.sha256(parent + token_bytes(token_ids[start : start + block_size])).digest()
             hashes.append(parent)
     return hashes
 
 
-def first_token_key(parent_hash: bytes, token_id: int) -> bytes:
+def token_bytes(token_ids: list[int]) -> bytes:
+    """Four bytes a token."""
+    return array("I", token_ids).tobytes()
+
+
+def first_token_key(parent_hash: bytes, tokens: bytes) -> bytes:
     """What blocks have in common that follow the same tokens and begin with the same one."""
-    return parent_hash + token_id.to_bytes(4, "little")
+    return parent_hash + tokens[:4]
 
 
 def num_equal_tokens(a: Iterable[int], b: Iterable[int]) -> int:

@@ -204,7 +204,7 @@ class OutputProcessor:
                 output = self._outputs[seq.request_id]
                 output.metrics.first_scheduled_time = output.metrics.first_scheduled_time or started
                 if seq.index == 0:
-                    output.num_cached_tokens = seq.num_cached_tokens or 0
+                    output.num_cached_tokens = seq.num_cached_tokens
 
     def process_outputs(
         self, seq_outputs: list[SequenceOutput], started: float

@@ -33,7 +33,7 @@ class StepRecord:
         num_copied_blocks: blocks copied on write, since the engine started.
         prefix_cache_evictions: blocks that it could find and that were used for other tokens, since then.
         prefix_cache_queries, prefix_cache_hits: tokens of admitted sequences, and those of them that were found.
-        prefix_cache_hit_rate: the share that was found, of the last 1,000 admitted.
+        prefix_cache_hit_rate: the share that was found, of the last 1,000 admitted since the cache was reset.
     """
 
     step: int
@@ -66,9 +66,7 @@ class PrefixCacheStats:
     def __init__(self) -> None:
         self.queries = 0
         self.hits = 0
-        self._recent: deque[tuple[int, int]] = deque()  # (queries, hits) of a sequence
-        self._recent_queries = 0
-        self._recent_hits = 0
+        self.forget_recent()
 
     def record(self, num_tokens: int, num_hits: int) -> None:
         """A sequence of `num_tokens` was admitted and needs not compute `num_hits` of them."""
@@ -81,6 +79,11 @@ class PrefixCacheStats:
             oldest = self._recent.popleft()
             self._recent_queries -= oldest[0]
             self._recent_hits -= oldest[1]
+
+    def forget_recent(self) -> None:
+        """The rate starts anew."""
+        self._recent: deque[tuple[int, int]] = deque()  # (queries, hits) of a sequence
+        self._recent_queries = self._recent_hits = 0
 
     @property
     def hit_rate(self) -> float:

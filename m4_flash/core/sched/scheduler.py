@@ -184,6 +184,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Take the cache of a running sequence away. Its output is kept, to be recomputed with its prompt."""
         self.running.remove(seq)
+        self._forked = [forked for forked in self._forked if forked is not seq]
         self._free_cache(seq)
         seq.status = SequenceStatus.PREEMPTED
         seq.num_computed_tokens = 0

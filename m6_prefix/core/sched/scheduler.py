@@ -230,9 +230,9 @@ class Scheduler:
     def _schedule_waiting(self) -> None:
         """Move sequences from waiting to running, in order, while there are blocks and tokens for them.
 
-        What the cache has of one's tokens counts as computed from the start. A sibling of one whose prompt will be
-        computed to its end shares its blocks, needs no tokens, and takes part from the next step on. Until then it
-        waits, and lets others pass.
+        What the cache has of one's tokens counts as computed from the start. Whoever would go on with a block that this
+        step computes for somebody else waits for it. A sibling of one whose prompt will be computed to its end shares
+        its blocks, needs no tokens, and takes part from the next step on. Those who wait let others pass.
         """
         if not self.waiting:
             return
@@ -243,7 +243,11 @@ class Scheduler:
             if seq.seq_id in self._num_scheduled_tokens and seq.num_output_tokens == 0
         }
         self._num_promised_blocks = sum(map(self._num_blocks_to_come, self.running))
-        while self.waiting:
+        manager = self.kv_cache_manager
+        under_way = {
+            manager.next_missing_block(seq) for seq in self.running if seq.seq_id in self._num_scheduled_tokens
+        }
+        while self.waiting and len(aside) < self.max_num_seqs:
             seq = self.waiting.peek()
             parent = parents.get(seq.request_id) if self.enable_paged_kv and seq.num_output_tokens == 0 else None
             if parent is not None and parent.seq_id not in self._num_scheduled_tokens:
@@ -251,8 +255,13 @@ class Scheduler:
             if parent is not None and self._num_scheduled_tokens[parent.seq_id] < num_tokens_left(parent):
                 aside.append(self.waiting.pop())
                 continue
-            computed = NOTHING_COMPUTED if parent is not None else self.kv_cache_manager.get_computed_blocks(seq)
+            computed = NOTHING_COMPUTED if parent is not None else manager.get_computed_blocks(seq)
             seq.num_computed_tokens = computed.num_tokens
+            missing = manager.next_missing_block(seq) if parent is None else None
+            if missing is not None and missing in under_way:
+                seq.num_computed_tokens = 0
+                aside.append(self.waiting.pop())
+                continue
             if not self._has_room_for(seq, parent, computed):
                 seq.num_computed_tokens = 0
                 break  # and nobody overtakes it, or it might wait for ever
@@ -262,6 +271,7 @@ class Scheduler:
             if parent is not None:
                 self._forked.append(seq)
                 continue
+            under_way.add(missing)
             self._take_tokens(seq, self._chunk_size(seq))
             self._admitted_ids.add(seq.seq_id)
             self._num_promised_blocks += self._num_blocks_to_come(seq)
@@ -275,7 +285,7 @@ class Scheduler:
         num_left = seq.num_tokens - seq.num_computed_tokens
         if not self.enable_chunked_prefill:
             return num_left if num_left <= self._token_budget else 0
-        if num_left <= 1:  # a decode
+        if num_left <= 1:  # a decode, or all but the last token was found
             return num_left if self._token_budget else 0
         cap = self._chunk_cap if len(self._seqs) > 1 else num_left  # alone, it keeps nobody waiting
         return min(num_left, cap, self._prefill_budget, self._token_budget)

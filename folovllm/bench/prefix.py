@@ -249,24 +249,34 @@ def expected_hits(
     """Tokens that a cache without limits has of the prompts, by a model of it in plain Python: a tree of blocks.
 
     The (prompt, output)s of a group are sent together, once the group before is done. What a step computes is found
-    from the next step on.
+    from the next step on, and whoever would go on with a block that it computes for somebody else waits for that.
     """
     known: dict[tuple[int, ...], Any] = {}
     total = 0
     for group in groups:
-        waiting = [SimpleNamespace(tokens=p + o, known=len(p), computed=0) for p, o in group]
+        waiting = [SimpleNamespace(tokens=p + o, num_prompt=len(p), known=len(p), computed=0) for p, o in group]
         running: list[SimpleNamespace] = []
         while waiting or running:
-            left, alone, parts = budget, len(waiting) + len(running) == 1, {}
+            left, alone, parts, aside = budget, len(waiting) + len(running) == 1, {}, []
+            under_way = set()
             for seq in sorted(running, key=lambda seq: seq.known - seq.computed > 1):
                 parts[id(seq)] = min(seq.known - seq.computed, left, left if alone else max_chunk_size)
                 left -= parts[id(seq)]
+                if parts[id(seq)]:
+                    under_way.add(next_missing(known, seq, block_size))
             while waiting and left:
-                running.append(seq := waiting.pop(0))
+                seq = waiting.pop(0)
                 seq.computed = longest_match(known, seq.tokens[: seq.known - 1], block_size)
+                missing = next_missing(known, seq, block_size)
+                if missing is not None and missing in under_way:
+                    aside.append(seq)
+                    continue
+                under_way.add(missing)
+                running.append(seq)
                 total += seq.computed
                 parts[id(seq)] = min(seq.known - seq.computed, left, left if alone else max_chunk_size)
                 left -= parts[id(seq)]
+            waiting = aside + waiting
             for seq in running:
                 seq.computed += parts[id(seq)]
                 node = known
@@ -275,6 +285,17 @@ def expected_hits(
                 seq.known += seq.computed == seq.known
             running = [seq for seq in running if seq.known < len(seq.tokens)]
     return total
+
+
+def next_missing(known: dict[tuple[int, ...], Any], seq: SimpleNamespace, block_size: int) -> tuple[int, ...] | None:
+    """The prompt up to the end of the block that is computed next; None if it ends before, or the tree has it."""
+    end = seq.computed // block_size * block_size + block_size
+    if end > seq.num_prompt:
+        return None
+    node: dict[tuple[int, ...], Any] | None = known
+    for start in range(0, end, block_size):
+        node = None if node is None else node.get(tuple(seq.tokens[start : start + block_size]))
+    return tuple(seq.tokens[:end]) if node is None else None
 
 
 def longest_match(known: dict[tuple[int, ...], Any], tokens: list[int], block_size: int) -> int:

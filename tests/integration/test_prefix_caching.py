@@ -157,6 +157,43 @@ def test_salts(stage: ModuleType, make_llm: MakeLLM) -> None:
         generate(stage, llm, requests, cache_salt=["a"])
 
 
+def test_salts_of_chats(stage: ModuleType, make_llm: MakeLLM) -> None:
+    llm = make_llm(max_model_len=LENGTH, block_size=4, num_kv_blocks=400)
+    forget_prefixes(llm)
+    messages = [{"role": "user", "content": "Who wrote the book?"}]
+    params = stage.SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    num_tokens = len(llm.preprocess_chat(messages))
+
+    def found(conversations: Any, salt: Any) -> list[int]:
+        return [output.num_cached_tokens for output in llm.chat(conversations, params, use_tqdm=False, cache_salt=salt)]
+
+    assert found(messages, "a") == found(messages, None) == [0]
+    (again,) = found(messages, "a")
+    assert num_tokens - 4 <= again < num_tokens
+    assert found([messages, messages, messages], ["b", "a", None]) == [0, again, again]
+
+
+def test_of_several_samples_the_first_is_looked_up(stage: ModuleType, make_llm: MakeLLM) -> None:
+    """Its siblings get the prompt from it, and find nothing themselves."""
+    llm = make_llm(max_model_len=LENGTH, block_size=4, num_kv_blocks=400)
+    forget_prefixes(llm)
+    requests: list[Request] = [(list(range(30, 50)), {"temperature": 1.0, "seed": 3, "max_tokens": 4, "n": 3})]
+    assert [generate(stage, llm, requests)[0].num_cached_tokens for _ in range(2)] == [0, 19]
+    record = llm.engine.stats.steps[-1]
+    before = record.prefix_cache_queries, record.prefix_cache_hits
+    assert list(llm.stream(requests[0][0], stage.SamplingParams(**requests[0][1])))[-1].num_cached_tokens == 19
+    record = llm.engine.stats.steps[-1]
+    assert (record.prefix_cache_queries - before[0], record.prefix_cache_hits - before[1]) == (20, 19)
+    llm.engine.add_request("a", requests[0][0], stage.SamplingParams(n=3, max_tokens=8, ignore_eos=True))
+    llm.engine.step()
+    llm.engine.step()
+    llm.engine.add_request("b", [400] * 9, stage.SamplingParams(max_tokens=2, ignore_eos=True))
+    found = {}
+    while llm.engine.has_unfinished_requests():
+        found.update({output.request_id: output.num_cached_tokens for output in llm.engine.step()})
+    assert found == {"a": 19, "b": 0}, "while others come, its siblings change nothing"
+
+
 def test_reset_while_somebody_runs(stage: ModuleType, make_llm: MakeLLM, caplog: pytest.LogCaptureFixture) -> None:
     llm = make_llm(max_model_len=LENGTH, block_size=4, num_kv_blocks=400)
     forget_prefixes(llm)

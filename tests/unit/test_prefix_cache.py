@@ -288,6 +288,40 @@ def test_the_first_of_two_equal_blocks_is_the_one(stage: ModuleType) -> None:
     assert m.free()[-1] == 0 and m.free()[0] == 2
 
 
+def test_blocks_behind_one_that_is_gone_are_not_found(stage: ModuleType) -> None:
+    """Two compute the same first block at once, only one of which is cached, and goes before what follows the other.
+
+    As soon as somebody has computed the first block anew, what follows is found again.
+    """
+    m = Manager(stage, 6, 2)
+    a, b = make_seq(stage, "a", [1, 2, 9]), make_seq(stage, "b", [1, 2, 3, 4, 5])
+    for seq in (a, b):
+        assert m.manager.allocate_slots(seq, seq.num_tokens)
+    m.compute(a, 3)
+    m.compute(b, 5)
+    m.manager.free(a)
+    m.manager.free(b)
+    assert m.match([1, 2, 3, 4, 5]) == ([0, 3], 4, None)
+    assert len(m.free()) == 6
+    c = m.admit(list(range(50, 59)))  # five blocks: all that nobody can find, and the oldest of the others
+    assert m.cache.num_evictions == 1 and 0 in c.block_table
+    assert m.match([1, 2, 3, 4, 5]) == m.match([1, 2, 3]) == ([], 0, None)
+    m.pool.check_integrity([c.block_table])
+    m.manager.free(c)
+    d = m.admit([1, 2])
+    assert m.match([1, 2, 3, 4, 5]) == ([*d.block_table, 3], 4, None)
+
+
+def test_nothing_is_left_of_what_was_evicted(stage: ModuleType) -> None:
+    """A server that runs for weeks must not remember all the first tokens that it has ever seen."""
+    m = Manager(stage, 4, 2)
+    for number in range(50):
+        m.manager.free(m.admit([number, 7, number, 8, number, 9]))
+    assert m.cache.num_evictions == 3 * 50 - 4
+    assert len(m.cache) == len(m.cache._blocks) == 4
+    assert len(m.cache._children) == 4, "one for each of the cached blocks"
+
+
 def test_reset(stage: ModuleType) -> None:
     """Item 50: only while nobody holds a block."""
     m = Manager(stage, 4, 2)
@@ -297,9 +331,11 @@ def test_reset(stage: ModuleType) -> None:
     assert m.manager.reset_prefix_cache()
     assert (len(m.cache), m.cached(), m.match([1, 2, 3])) == (0, [], ([], 0, None))
     m.pool.check_integrity([])
-    assert m.cache.num_evictions == 0
-    m.admit([1, 2, 3])
+    assert m.cache.num_evictions == 0, "a block that is forgotten was not taken from anybody"
+    m.manager.free(m.admit([1, 2, 3]))
     assert m.match([1, 2, 3])[1] == 2
+    m.manager.free(m.admit([7] * 8))
+    assert m.manager.reset_prefix_cache() and m.cache.num_evictions == 1, "counted since the engine started"
 
 
 def test_a_cached_block_is_never_written(stage: ModuleType) -> None:
@@ -394,6 +430,30 @@ def test_the_source_may_be_the_block_that_is_taken(stage: ModuleType) -> None:
     assert (b.block_table, m.manager.block_copies, m.cached()) == ([0], [(0, 0)], [])
 
 
+def test_what_has_been_copied_is_kept_for_longer(stage: ModuleType) -> None:
+    """It is the oldest, but has been of use: the other one goes first, also for this very allocation."""
+    m = Manager(stage, 2, 4)
+    for tokens in ([1, 2, 3, 4], [5, 6, 7, 8]):
+        m.manager.free(m.admit(tokens))
+    assert m.free() == [0, 1]
+    b = m.admit([1, 2, 9])
+    assert (b.block_table, m.manager.block_copies, m.cached()) == ([1], [(0, 1)], [0])
+
+
+def test_a_copy_for_somebody_who_loses_his_place_is_withdrawn(stage: ModuleType) -> None:
+    """Its target may be somebody else's in the same step; the copies of others stay."""
+    m = Manager(stage, 8, 4)
+    m.admit([1, 2, 3, 4])
+    a, b = m.admit([1, 2, 8]), m.admit([1, 2, 3, 9])
+    assert m.manager.block_copies == [(0, 1), (0, 2)]
+    m.manager.free(a)
+    assert m.manager.block_copies == [(0, 2)]
+    c = m.admit([70, 71])
+    assert (b.block_table, c.block_table) == ([2], [1])
+    assert m.manager.take_block_copies() == [(0, 2)] and m.manager.take_block_copies() == []
+    assert m.manager.make_stats()["num_copied_blocks"] == 1
+
+
 # ---------------------------------------------------------------------- figures, pictures, soundness
 
 
@@ -429,10 +489,28 @@ def test_the_tree(stage: ModuleType) -> None:
     ]
     m.manager.free(a)
     m.manager.free(b)
-    assert "free, 0 go before it" in m.manager.render_prefix_cache(lambda ids: "".join(map(str, ids)))
+    assert m.manager.render_prefix_cache(lambda ids: "".join(map(str, ids))).splitlines()[1:] == [
+        "└─ 2 × [1234] free, 2 go before it",
+        "   ├─ 1 × [56] free, 0 go before it",
+        "   └─ 1 × [78] free, 1 go before it",
+    ]
     m.cache.evict(m.pool.blocks[0])
     assert [node.is_orphan for node in m.cache.as_tree()] == [True]
     assert "… 3 4" in m.manager.render_prefix_cache()
+
+
+def test_the_tree_parts_where_others_hold_the_blocks(stage: ModuleType) -> None:
+    """A row of which two hold the beginning, and one all but the last block, which is free."""
+    m = Manager(stage, 8, 2)
+    c = m.admit([1, 2, 3, 4, 5, 6])
+    m.admit([1, 2, 3, 4, 9])
+    m.admit([1, 2, 7])
+    m.manager.free(c)
+    assert m.manager.render_prefix_cache().splitlines()[1:] == [
+        "└─ 1 × [1 2] held by 2",
+        "   └─ 1 × [3 4] held by 1",
+        "      └─ 1 × [5 6] free, 0 go before it",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["hash", "map", "children"])
@@ -479,8 +557,10 @@ def test_who_lost_his_blocks_finds_what_is_left_of_them(stage: ModuleType) -> No
         drive.step()
     assert (len(a.block_table), len(b.block_table), b.num_tokens) == (4, 4, 17)
     table = list(b.block_table)
+    hashes = list(b.block_hashes)
     assert ids(drive.step().seqs) == ["a-0"] and drive.waiting == ["b-0"]
     assert a.block_table[-1] == table[-1], "tail before head"
+    assert b.block_hashes == hashes and len(hashes) == 4, "never computed twice"
     assert drive.scheduler.num_preemptions == {"no free block": 1}
     assert ids(drive.step().seqs) == ["a-0"] and a.is_finished
     scheduled = drive.step()
@@ -530,3 +610,60 @@ def test_a_hit_that_nobody_holds_takes_a_free_block(stage: ModuleType, is_free: 
     assert ("last-0" in scheduled.num_scheduled_tokens) is not is_free
     if not is_free:
         assert scheduled.num_scheduled_tokens["last-0"] == 7
+
+
+def test_siblings_do_not_count(stage: ModuleType) -> None:
+    """They get the prompt's blocks from the first of them; nor do they count when they come back after a failure."""
+    sizes = {"max_model_len": 32, "block_size": 4, "num_kv_blocks": 40, "max_num_seqs": 8}
+    drive = Drive(stage, enable_prefix_caching=True, **sizes)
+    drive.add("a", 10, 8, n=3)
+    for _ in range(3):
+        drive.step()
+    assert drive.running == ["a-0", "a-1", "a-2"]
+    drive.fail()
+    assert drive.running == []
+    drive.step()
+    assert drive.running == ["a-0", "a-1", "a-2"]
+    stats = drive.scheduler.make_stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"], stats["prefix_cache_hit_rate"]) == (10, 0, 0.0)
+    assert [seq.num_cached_tokens for seq in drive.seqs.values()] == [0, 0, 0]
+    drive.run()
+
+
+@pytest.mark.parametrize("num_blocks", [106, 105])
+def test_hits_do_not_eat_the_reserve(stage: ModuleType, num_blocks: int) -> None:
+    """While somebody runs, a hundredth of the blocks is left free, whatever is found.
+
+    One who runs, and three blocks of a text that nobody holds; the newcomer finds these and needs two more.
+    """
+    sizes = {"max_model_len": 500, "block_size": 4, "num_kv_blocks": num_blocks, "max_num_seqs": 8}
+    drive = Drive(stage, enable_prefix_caching=True, **sizes)
+    prefix = list(range(900, 912))
+    drive.scheduler.add_sequence(make_seq(stage, "first", prefix, max_tokens=1))
+    drive.step()
+    runs = make_seq(stage, "runs", list(range(398)), max_tokens=40)
+    drive.scheduler.add_sequence(runs)
+    drive.step()
+    manager = drive.scheduler.kv_cache_manager
+    assert (len(runs.block_table), drive.scheduler.watermark_blocks) == (100, 1)
+    assert manager.num_free_blocks == num_blocks - 100
+    last = make_seq(stage, "last", [*prefix, *range(600, 607)], max_tokens=1)
+    assert manager.get_computed_blocks(last).num_tokens == 12
+    drive.scheduler.add_sequence(last)
+    assert ("last-0" in drive.step().num_scheduled_tokens) is (num_blocks == 106)
+
+
+def test_slots_in_use_beside_siblings(stage: ModuleType) -> None:
+    """A block that is the last one of a sequence that has yet to compute its end, and full for one that has gone on."""
+    m = Manager(stage, 8, 8)
+    a, sibling = m.admit(list(range(8))), make_seq(stage, "b", list(range(8)))
+    m.manager.fork(a, sibling)
+    assert (sibling.block_table, sibling.num_computed_tokens) == ([0], 7)
+    assert m.manager.num_used_slots([a, sibling]) == 8
+    m.append(a, [20])
+    assert m.manager.num_used_slots([a, sibling]) == 9
+    assert m.manager.allocate_slots(sibling, 1)
+    m.compute(sibling, 1)
+    assert (sibling.block_table, m.manager.block_copies) == ([2], [(0, 2)]), "a cached block is never written"
+    assert m.manager.num_used_slots([a, sibling]) == 17
+    m.pool.check_integrity([a.block_table, sibling.block_table])

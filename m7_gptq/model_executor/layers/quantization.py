@@ -263,7 +263,7 @@ class PackedWeight(QuantizedWeight):
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if quantized_matmul.is_available(x, self.group_size) and len(x) <= quantized_matmul.MAX_ROWS:
-            return quantized_matmul.matmul(x, self, bias)
+            return quantized_matmul.matmul(x.contiguous(), self, bias)
         return F.linear(x, self.dequantize_sorted(x.dtype), bias)
 
     @property

@@ -216,7 +216,7 @@ if triton is not None:
         words = tl.load(qweight_ptr + offset[:, None] + word[None, :], mask=mask[:, None], other=0)
         out_ptr += tl.program_id(0).to(tl.int64) * num_inputs
         for part in tl.static_range(GROUPS):
-            group = block * GROUPS + part if GROUPS > 1 else block // GROUP_BLOCKS
+            group = tl.minimum((block * GROUPS + part) // GROUP_BLOCKS, num_groups - 1)
             scale, zero = _load_scale_and_zero(
                 scales_ptr, qzeros_ptr, row[:, None], group[None, :], mask[None, :], num_groups, BITS
             )

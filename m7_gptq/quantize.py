@@ -20,7 +20,7 @@ from .model_executor.layers.quantization import QuantizationConfig, pack, write_
 from .model_executor.model_loader import shard_names
 from .model_executor.models.llama import LlamaForCausalLM
 
-_BLOCK = 128  # inputs whose errors are passed on to all later inputs at once
+_BLOCK = 128  # inputs, more or less, whose errors are passed on to all later inputs at once
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,12 @@ def gptq(
     inverse = _inverse_factor(hessian[order][:, order], damping)
     weight, codes = weight[:, order], torch.empty_like(weight)
     group_size = num_inputs // config.num_groups(num_inputs)
+    block_size = max(_BLOCK // group_size, 1) * group_size  # a group's grid needs inputs that are up to date
+    if group_size % _BLOCK == 0:
+        block_size = _BLOCK
     scales, zeros = [], []
-    for start in range(0, num_inputs, _BLOCK):
-        stop = min(start + _BLOCK, num_inputs)
+    for start in range(0, num_inputs, block_size):
+        stop = min(start + block_size, num_inputs)
         errors = torch.empty_like(weight[:, start:stop])
         for i in range(start, stop):
             if i % group_size == 0:

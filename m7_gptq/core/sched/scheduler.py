@@ -247,7 +247,8 @@ class Scheduler:
         under_way = {
             manager.next_missing_block(seq) for seq in self.running if seq.seq_id in self._num_scheduled_tokens
         }
-        while self.waiting and len(aside) < self.max_num_seqs:
+        num_followers = 0
+        while self.waiting and num_followers < self.max_num_seqs:
             seq = self.waiting.peek()
             parent = parents.get(seq.request_id) if self.enable_paged_kv and seq.num_output_tokens == 0 else None
             if parent is not None and parent.seq_id not in self._num_scheduled_tokens:
@@ -261,6 +262,7 @@ class Scheduler:
             if missing is not None and missing in under_way:
                 seq.num_computed_tokens = 0
                 aside.append(self.waiting.pop())
+                num_followers += 1
                 continue
             if not self._has_room_for(seq, parent, computed):
                 seq.num_computed_tokens = 0

@@ -141,7 +141,8 @@ if triton is not None:
             fields = tl.permute(tl.join(tl.join(f0, f2), tl.join(f1, f3)), (0, 2, 3, 1))
         return tl.reshape(fields, [words.shape[0], words.shape[1] * (32 // BITS)]).to(dtype, bitcast=HALVES)
 
-    @triton.jit
+    # Sizes are no constants, but for the alignment of x's rows: each kind of them would be compiled anew.
+    @triton.jit(do_not_specialize=["num_rows", "num_outputs", "num_blocks", "num_groups", "num_steps"])
     def _matmul_kernel(  # type: ignore[no-untyped-def]
         x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, out_ptr,
         num_rows, num_outputs, num_inputs, num_blocks, num_groups, num_steps,
@@ -166,17 +167,18 @@ if triton is not None:
         for block in range(first, tl.minimum(first + num_steps, num_blocks)):
             words = tl.load(words_ptr + block * WORDS, mask=is_output[:, None], other=0)
             codes = _unpack(words, x_ptr.dtype.element_ty, HALVES, BITS)  # [OUTPUTS, INPUTS]
+            inputs = block * INPUTS + column
+            mask = (inputs < num_inputs)[:, None] & (row < num_rows)[None, :]
+            x = tl.load(x_row_ptr + inputs[:, None], mask=mask, other=0.0)  # [INPUTS, TILE]
             for part in tl.static_range(GROUPS):
                 # Those of the next step, so that this one need not wait for them.
                 group = tl.minimum((block * GROUPS + part + 1) // GROUP_BLOCKS, num_groups - 1)
                 next_scale, next_zero = _load_scale_and_zero(
                     scales_ptr, qzeros_ptr, output, group, is_output, num_groups, BITS
                 )
-                inputs = block * INPUTS + column
-                is_input = (inputs < num_inputs) & (column // (INPUTS // GROUPS) == part)
-                mask = is_input[:, None] & (row < num_rows)[None, :]
-                x = tl.load(x_row_ptr + inputs[:, None], mask=mask, other=0.0)  # [INPUTS, TILE]
-                weight = codes - (zero + offset).to(codes.dtype)[:, None]  # of other groups it is wrong, and x is 0
+                weight = codes - (zero + offset).to(codes.dtype)[:, None]
+                if GROUPS > 1:
+                    weight = tl.where((column // (INPUTS // GROUPS) == part)[None, :], weight, 0.0)
                 total += scale[:, None] * tl.dot(weight, x, input_precision="ieee")
                 scale, zero = next_scale, next_zero
         if HAS_BIAS:

@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+INTEROP_VENV ?= $(VENV)/interop
 # The index of PyTorch's CPU builds, for a Linux machine without a GPU; empty: pip's default.
 TORCH_INDEX ?=
 WORKLOAD ?= single
@@ -23,7 +24,7 @@ COVERAGE_MIN := 85
 PYTEST := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(PY) -m pytest tests -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-deep lint format coverage notebooks api bench clean install install-test install-dev
+.PHONY: help demo test test-quick test-deep lint format coverage notebooks api interop bench clean install install-test install-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +69,14 @@ notebooks: install-test ## execute every notebook in place (ARGS=--check: withou
 
 api: install ## write docs/api from the docstrings of the newest stage
 	$(PY) -m folovllm.bench.apidocs $(ARGS)
+
+interop: ## exchange quantised checkpoints with gptqmodel, in an environment of its own (0.4 GB beside PyTorch)
+	$(PYTHON) -m venv $(INTEROP_VENV)
+	[ -z "$(TORCH_INDEX)" ] || $(INTEROP_VENV)/bin/pip install --quiet --index-url "$(TORCH_INDEX)" torch==2.13.0
+	$(INTEROP_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23 .
+	echo torch==2.13.0 > $(INTEROP_VENV)/constraints.txt
+	$(INTEROP_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(INTEROP_VENV)/constraints.txt gptqmodel==7.6.0
+	$(INTEROP_VENV)/bin/python tests/integration/gptqmodel_interop.py --json docs/results/interop_m7.json $(ARGS)
 
 bench: install ## time a workload on the newest stage: WORKLOAD=single
 	$(PY) -m folovllm.bench.run --workload $(WORKLOAD) $(ARGS)

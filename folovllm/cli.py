@@ -1,4 +1,5 @@
-"""The `folovllm` command: talk to a stage, quantise and evaluate a model, show what a stage changed, keep the ledger.
+"""The `folovllm` command: talk to a stage, quantise and evaluate a model, show what a stage changed, practise, and keep
+the ledger.
 
 A fault of the user is one sentence on stderr and exit code 2. Stages, and with them torch, are imported only by the
 commands that run one.
@@ -146,13 +147,36 @@ def _read_text(path: str | None) -> str | None:
 def diff(args: argparse.Namespace) -> int:
     """Print the diff of two stages, or its summary, or write it as a page."""
     found = stages.diff(stages.find_root(), args.a, args.b, args.file)
+    _show_diff(found, " ".join(filter(None, ["folovllm diff", args.a, args.b, args.file])), args)
+    return 0
+
+
+def _show_diff(found: list[stages.FileDiff], title: str, args: argparse.Namespace) -> None:
     if args.html:
-        title = " ".join(filter(None, ["folovllm diff", args.a, args.b, args.file]))
         Path(args.html).write_text(stages.format_html(found, title), encoding="utf-8")
         print(f"wrote {args.html}")
     if not args.stat and not args.html:
         _print_coloured([line for item in found for line in item.unified])
     print(stages.format_stat(found))
+
+
+def practice(args: argparse.Namespace) -> int:
+    """Lay out a stage to be built by oneself, or compare what was built with ours."""
+    from . import practice as sheets
+
+    root = stages.find_root()
+    if args.stage is None:
+        if args.compare is not None or args.fresh:
+            raise ValueError("which stage? As in: folovllm practice m5 --compare")
+        print(sheets.overview(root))
+    elif args.compare is not None:
+        found = sheets.compare(root, args.stage, args.compare or None)
+        _show_diff(found, f"folovllm practice {args.stage} --compare", args)
+    else:
+        folder = sheets.start(root, args.stage, args.fresh).relative_to(root)
+        print(f"{folder} is a copy of {sheets.find_stages(root, args.stage)[1]}: make {args.stage} of it.")
+        print(f"The tasks, their tests and hints are in {folder / sheets.TASKS}; to compare with ours:")
+        print(f"  folovllm practice {folder.name} --compare [FILE] [--stat]")
     return 0
 
 
@@ -201,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_quantize_and_eval(commands)
     _add_diff(commands)
+    _add_practice(commands)
     ledger = commands.add_parser("stages", help="look after the stages: check, diff, port")
     actions = ledger.add_subparsers(metavar="ACTION", required=True)
     actions.add_parser("check", help="hold the stages to stages.toml").set_defaults(run=check_ledger)
@@ -251,9 +276,28 @@ def _add_diff(commands: Any) -> None:
     parser.add_argument(
         "file", metavar="FILE", nargs="?", help="only this file, by its path in the stage or the end of it"
     )
+    _add_diff_output(parser)
+    parser.set_defaults(run=diff)
+
+
+def _add_diff_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stat", action="store_true", help="the summary alone")
     parser.add_argument("--html", metavar="OUT", help="write a side-by-side page to this file instead")
-    parser.set_defaults(run=diff)
+
+
+def _add_practice(commands: Any) -> None:
+    parser = commands.add_parser(
+        "practice",
+        help="build a stage yourself, with a task sheet",
+        description="Copies the stage before STAGE to practice/, with a sheet of tasks that make STAGE of it.",
+    )
+    parser.add_argument("stage", metavar="STAGE", nargs="?", help="m1 to m7 (default: list them)")
+    parser.add_argument("--fresh", action="store_true", help="begin again: the copy that is there is moved aside")
+    parser.add_argument(
+        "--compare", metavar="FILE", nargs="?", const="", help="show what our stage has otherwise than your copy"
+    )
+    _add_diff_output(parser)
+    parser.set_defaults(run=practice)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -171,6 +171,7 @@ def pytest_configure(config: pytest.Config) -> None:
         'since(stage): the first stage that must satisfy this test, as in since("m2")',
         'until(stage): the last stage whose internals this test knows, as in until("m0")',
         "gpu: needs CUDA, and is skipped without it",
+        "exclusive: looks at the memory of the whole GPU, so that nothing else may run on it",
         "slow: runs with --deep only",
     ):
         config.addinivalue_line("markers", marker)

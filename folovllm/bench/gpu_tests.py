@@ -1,7 +1,8 @@
 """The tests marked `gpu`, stage by stage, on a machine with a GPU: `python -m folovllm.bench.gpu_tests [STAGE …]`.
 
 What passed is written to docs/results/gpu_tests.json beside a hash of the code that it passed with, so that
-`folovllm stages check` can say when the code has moved on. Stages that are not named keep their record.
+`folovllm stages check` can say when the code has moved on. Stages that are not named keep their record. Tests marked
+`exclusive` look at the memory that the whole GPU has left, and run when all others are through.
 """
 
 from __future__ import annotations
@@ -21,24 +22,27 @@ from ..stages import known_stages, resolve_stage, stage_hash
 RESULTS = lab.ROOT / "docs" / "results" / "gpu_tests.json"
 
 
-def run_stage(name: str) -> dict[str, Any]:
-    """Run the tests of one stage; the record of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        # Only the files that hold such tests: others may import what a machine made for GPUs does not have.
-        files = [str(p) for p in (lab.ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text("utf-8")]
-        command = [sys.executable, "-m", "pytest", *files, "-q", "-m", "gpu", "--milestone", name.partition("_")[0]]
-        subprocess.run([*command, f"--junitxml={report}", "-p", "no:cacheprovider"], cwd=lab.ROOT, check=False)
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    if suite is None:
-        raise RuntimeError(f"pytest wrote no report for {name}")
-    counts = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
-    measured = {item.attrib["name"]: float(item.attrib["value"]) for item in suite.iter("property")}
+def start(name: str, marks: str, report: Path, workers: int) -> subprocess.Popen[bytes]:
+    """pytest on one stage, as a process of its own; `workers` > 1 needs pytest-xdist."""
+    # Only the files that hold such tests: others may import what a machine made for GPUs does not have.
+    files = [str(p) for p in (lab.ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text("utf-8")]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-m", marks, "--milestone", name.partition("_")[0]]
+    command += ["-n", str(workers)] if workers > 1 else []
+    return subprocess.Popen([*command, f"--junitxml={report}", "-p", "no:cacheprovider"], cwd=lab.ROOT)
+
+
+def make_record(name: str, reports: list[Path]) -> dict[str, Any]:
+    """What the reports of one stage's runs say together."""
+    suites = [suite for path in reports for suite in ElementTree.parse(path).getroot().iter("testsuite")]
+    counts = {
+        key: sum(int(suite.attrib[key]) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    }
+    measured = {item.attrib["name"]: float(item.attrib["value"]) for s in suites for item in s.iter("property")}
     return {
         "hash": stage_hash(lab.ROOT, name),
         "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
         **counts,
-        "seconds": float(suite.attrib["time"]),
+        "seconds": sum(float(suite.attrib["time"]) for suite in suites),
         "measured": measured,
         "environment": lab.environment(),
     }
@@ -51,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, default=RESULTS, metavar="OUT", help="default: docs/results/gpu_tests.json"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes for a stage's tests (default: 1)")
+    parser.add_argument("--at-once", action="store_true", help="all stages side by side")
     args = parser.parse_args(argv)
     import torch  # for the environment's sake: lab names the GPUs that torch sees
 
@@ -60,11 +66,19 @@ def main(argv: list[str] | None = None) -> int:
     records = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     names = known_stages()
     chosen = [resolve_stage(name, names) for name in args.stages] or names
-    for name in chosen:
-        records[name] = run_stage(name)
-    args.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    for name in chosen:
-        print(name, {key: records[name][key] for key in ("passed", "failures", "errors", "skipped", "measured")})
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {name: Path(folder) / f"{name}.xml" for name in chosen}
+        at_once = len(chosen) if args.at_once else 1
+        for first in range(0, len(chosen), at_once):
+            batch = chosen[first : first + at_once]
+            for run in [start(name, "gpu and not exclusive", shared[name], args.workers) for name in batch]:
+                run.wait()
+        for name in chosen:
+            alone = Path(folder) / f"{name}_alone.xml"
+            start(name, "gpu and exclusive", alone, 1).wait()
+            records[name] = make_record(name, [shared[name], alone])
+            args.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+            print(name, {key: records[name][key] for key in ("passed", "failures", "errors", "skipped", "measured")})
     return int(any(records[name]["passed"] != records[name]["tests"] or not records[name]["tests"] for name in chosen))
 
 

@@ -5,7 +5,7 @@ test run writes down beside its result.
 """
 
 from .checking import Report, check
-from .differ import FileDiff, diff, format_html, format_stat
+from .differ import FileDiff, diff, diff_trees, format_html, format_stat
 from .ledger import LedgerError, Stage, find_root, known_stages, load_ledger, read_stage, resolve_stage, stage_hash
 from .porting import PortReport, port
 
@@ -17,6 +17,7 @@ __all__ = [
     "Stage",
     "check",
     "diff",
+    "diff_trees",
     "find_root",
     "format_html",
     "format_stat",

@@ -40,10 +40,14 @@ def diff(root: Path, a: str, b: str, file: str | None = None) -> list[FileDiff]:
     """
     names = [stage.name for stage in load_ledger(root)]
     a, b = resolve_stage(a, names), resolve_stage(b, names)
-    old, new = read_stage(root, a), read_stage(root, b)
+    return diff_trees(a, read_stage(root, a), b, read_stage(root, b), file)
+
+
+def diff_trees(a: str, old: dict[str, bytes], b: str, new: dict[str, bytes], file: str | None = None) -> list[FileDiff]:
+    """`diff` for any two folders `a` and `b`, given their files (path inside: content)."""
     paths = sorted({*old, *new})
     if file is not None:
-        inside = re.sub(rf"^({a}|{b})/", "", file)
+        inside = re.sub(rf"^({re.escape(a)}|{re.escape(b)})/", "", file)
         paths = [inside] if inside in paths else [path for path in paths if path.endswith(f"/{inside}")]
         if not paths:
             raise LedgerError(f"neither {a} nor {b} has a file {file}")

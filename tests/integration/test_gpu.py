@@ -16,7 +16,7 @@ import torch
 from ..conftest import ROOT, submodule
 from ..oracle import engine_logits
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.exclusive]  # engines here take the default share of the memory
 
 SHAPE = ROOT / "folovllm" / "models" / "shapes" / "Qwen3-0.6B"
 # ‖ours - theirs‖ / ‖theirs‖ of the logits.

@@ -10,7 +10,7 @@ import torch
 
 from ..conftest import ROOT, submodule
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.exclusive]
 
 SHAPE = ROOT / "folovllm" / "models" / "shapes" / "Qwen3-0.6B"
 

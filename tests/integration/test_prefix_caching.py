@@ -138,6 +138,34 @@ def test_several_turns(stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOrac
     assert found == [0, 8, 20, 28]
 
 
+@pytest.mark.parametrize(
+    ("more", "hit"),
+    [({}, 34), ({"max_chunk_size": 18}, 34), ({"max_chunk_size": 7}, 32), ({"enable_chunked_prefill": False}, 34)],
+    ids=str,
+)
+def test_prompts_that_arrive_together(
+    more: dict[str, Any], hit: int, stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle
+) -> None:
+    """What they share is computed once, and they say what they would say alone.
+
+    That is 34 tokens. In chunks of 7 the block with the last two of them is not full when the other 32 are there.
+    """
+    llm = make_llm(max_model_len=LENGTH, block_size=4, num_kv_blocks=400, **more)
+    poison(stage, llm)
+    rng = random.Random(7)
+    shared = [rng.randrange(512) for _ in range(34)]
+    requests: list[Request] = [
+        ([*shared, 100 + i, 7], {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}) for i in range(6)
+    ]
+    num_steps = len(llm.engine.stats.steps)
+    outputs = generate(stage, llm, requests)
+    assert [output.num_cached_tokens for output in outputs] == [0] + [hit] * 5
+    computed = sum(step.num_tokens for step in llm.engine.stats.steps[num_steps:])
+    assert computed == 36 + 5 * (36 - hit) + 6 * 3, "the first one's prompt, the ends of the others', and the decodes"
+    for request, output in zip(requests, outputs, strict=True):
+        check_oracle(stage, get_oracle("qwen3"), request, output)
+
+
 def test_salts(stage: ModuleType, make_llm: MakeLLM) -> None:
     llm = make_llm(max_model_len=LENGTH, block_size=4, num_kv_blocks=400)
     forget_prefixes(llm)
@@ -206,6 +234,13 @@ def test_reset_while_somebody_runs(stage: ModuleType, make_llm: MakeLLM, caplog:
     assert len(llm.engine.core.scheduler.kv_cache_manager.prefix_cache) == 5
     assert llm.reset_prefix_cache() is True
     assert len(llm.engine.core.scheduler.kv_cache_manager.prefix_cache) == 0
+
+
+def test_reset_of_a_closed_engine(stage: ModuleType, checkpoint_path: CheckpointPath) -> None:
+    with open_llm(stage, checkpoint_path("qwen3"), max_model_len=LENGTH) as llm:
+        assert llm.reset_prefix_cache()
+    with pytest.raises(ValueError, match="closed"):
+        llm.reset_prefix_cache()
 
 
 def test_who_is_forgotten_first(stage: ModuleType, make_llm: MakeLLM, get_oracle: GetOracle) -> None:

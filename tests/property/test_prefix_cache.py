@@ -204,7 +204,7 @@ class Prefixes(RuleBasedStateMachine):
     def schedule(self) -> Any:
         waiting = list(self.scheduler.waiting)
         found = [(seq.request.cache_salt, list(seq.token_ids)) for seq in waiting]
-        first = [seq.num_cached_tokens is None for seq in waiting]
+        first = [seq.num_cached_tokens < 0 for seq in waiting]
         most = 8 if self.is_large else None
         predicted = [self.plain.hit(salt, tokens, most) for salt, tokens in found]
         free = [(block, block.block_hash) for block in self.pool.free_block_queue.get_all_free_blocks()]
@@ -219,11 +219,39 @@ class Prefixes(RuleBasedStateMachine):
             if is_first:
                 assert seq.num_cached_tokens == hit
                 self.queries, self.hits = self.queries + seq.num_tokens, self.hits + hit
+        self.check_who_waits(waiting, scheduled, has_preempted=sum(self.scheduler.num_preemptions.values()) > counts)
         stats = self.manager.make_stats()
         assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"]) == (self.queries, self.hits)
         if sum(self.scheduler.num_preemptions.values()) == counts:
             self.check_eviction(free, {source for source, _ in scheduled.block_copies})
         return scheduled
+
+    def check_who_waits(self, waiting: list[Any], scheduled: Any, has_preempted: bool) -> None:
+        """Nobody was admitted to compute a block that the step computes for somebody else, and nobody waits for less.
+
+        Those of `waiting`, as the step found it, who still wait although somebody behind them was admitted: each of
+        them would go on with such a block, or is a sibling of one whose prompt is not done.
+        """
+        size, num = self.block_size, scheduled.num_scheduled_tokens
+        admitted = [seq for seq in waiting if seq.seq_id in num]
+        under_way = []
+        for seq in scheduled.seqs:
+            end = (seq.num_computed_tokens - num[seq.seq_id]) // size * size + size
+            # What a decode fills is known by a name once it is full.
+            if end <= (seq.num_tokens if seq in admitted else seq.num_prompt_tokens):
+                under_way.append((seq, (seq.request.cache_salt, tuple(seq.token_ids[:end]))))
+        cached = self.cached()
+        under_way = [(seq, prefix) for seq, prefix in under_way if prefix not in cached]
+        for seq, prefix in under_way:
+            if seq in admitted:
+                assert sum(prefix == other for _, other in under_way) == 1, "two compute the same block"
+        passed = waiting[: max((waiting.index(seq) for seq in admitted), default=0)]
+        for seq in passed:
+            if seq.status is self.status.WAITING and not has_preempted:
+                is_sibling = any(other.request_id == seq.request_id for other in self.scheduler.running)
+                start = self.manager.get_computed_blocks(seq).num_tokens // size * size
+                prefix = (seq.request.cache_salt, tuple(seq.token_ids[: start + size]))
+                assert is_sibling or prefix in {other for _, other in under_way}, "passed by for nothing"
 
     def check_eviction(self, free: list[tuple[Any, bytes | None]], sources: set[int]) -> None:
         """Whoever was free for longer went first, unless somebody has found it in this step."""
@@ -276,6 +304,12 @@ class Prefixes(RuleBasedStateMachine):
 
     def name(self, seq: Any, position: int) -> Prefix:
         return seq.request.cache_salt, tuple(seq.token_ids[: position + 1])
+
+    def cached(self) -> set[Prefix]:
+        """The names of the last tokens of all blocks that can be found."""
+        last = self.block_size - 1
+        blocks = [block.block_id for block in self.pool.blocks if block.block_hash is not None]
+        return {self.slots[block_id * self.block_size + last] for block_id in blocks}
 
     # ------------------------------------------------------------------ what always holds
 

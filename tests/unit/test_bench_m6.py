@@ -19,8 +19,10 @@ def small_workload() -> Workload:
     return Workload("small", "two that share 64 tokens, and a second turn", [*first, second])
 
 
-@pytest.mark.parametrize(("mode", "hits"), [("at_once", 80), ("one_by_one", 64 + 80)])
-def test_hits_are_those_that_one_can_count(mode: str, hits: int) -> None:
+@pytest.mark.parametrize("mode", prefix.MODES)
+def test_hits_are_those_that_one_can_count(mode: str) -> None:
+    """64 tokens by the second, which waits for the first; and of a second turn all whole blocks of the first one."""
+    hits = 64 + 80
     with lab.load_stage("m6").LLM(TINY, **OPTIONS) as llm:
         for _ in range(2):  # from an empty cache each time
             run = prefix.run_once(llm, small_workload(), mode)
@@ -29,6 +31,15 @@ def test_hits_are_those_that_one_can_count(mode: str, hits: int) -> None:
             sizes = (config.block_size, config.max_num_batched_tokens, config.max_chunk_size)
             assert prefix.expected_hits(run.groups, *sizes) == hits
     assert [len(group) for group in run.groups] == ([2, 1] if mode == "at_once" else [1, 1, 1])
+
+
+def test_the_model_of_steps() -> None:
+    """Who is there in which step, and what has been computed by then."""
+    a, b, c = list(range(100, 110)), [*range(100, 108), 7, 7], [50, 51]
+    assert prefix.expected_hits([[(a, [1]), (b, [1])]], 4, 100, 100) == 8, "b waits for the whole prompt"
+    assert prefix.expected_hits([[(a, [1]), (b, [1])]], 4, 100, 4) == 8, "b waits for two chunks"
+    assert prefix.expected_hits([[(a, [1]), (b, [1])]], 16, 100, 100) == 0, "no block to wait for"
+    assert prefix.expected_hits([[(a, [1, 2, 3]), (c, [1]), (a[:9], [1])], [(c, [1])]], 4, 100, 100) == 8
 
 
 def test_a_stage_without_a_cache_has_no_counts() -> None:

@@ -7,6 +7,7 @@ tests/property/test_prefix_cache.py, tokens of whole engines in tests/integratio
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 from array import array
@@ -22,7 +23,15 @@ from ..property.test_scheduler import Drive, ids, make_scheduler
 pytestmark = pytest.mark.since("m6")
 
 
-def make_seq(stage: ModuleType, name: str, tokens: list[int], salt: str | None = None, max_tokens: int = 100) -> Any:
+def make_seq(
+    stage: ModuleType,
+    name: str,
+    tokens: list[int],
+    salt: str | None = None,
+    max_tokens: int = 100,
+    priority: int = 0,
+    arrival: float = 0.0,
+) -> Any:
     request = stage.Request(
         request_id=name,
         prompt=None,
@@ -30,7 +39,8 @@ def make_seq(stage: ModuleType, name: str, tokens: list[int], salt: str | None =
         sampling_params=stage.SamplingParams(),
         max_tokens=max_tokens,
         eos_token_ids=(),
-        arrival_time=0.0,
+        arrival_time=arrival,
+        priority=priority,
         cache_salt=salt,
     )
     return stage.Sequence(f"{name}-0", request, 0, 0)
@@ -69,7 +79,7 @@ class Manager:
         seq.num_computed_tokens += num
         self.manager.cache_blocks([seq], {seq.seq_id: num})
 
-    def match(self, tokens: list[int], salt: str | None = None) -> tuple[list[int], int, int | None]:
+    def match(self, tokens: list[int], salt: str | None = None) -> tuple[list[int], int]:
         return tuple(self.manager.get_computed_blocks(make_seq(self.stage, "?", tokens, salt)))  # type: ignore[return-value]
 
     def free(self) -> list[int]:
@@ -161,7 +171,7 @@ def test_the_order_in_which_blocks_go(stage: ModuleType) -> None:
     assert m.free() == [2, 6, 7, 8, 5, 4, 3, 1, 0]
     d = m.admit(list(range(30, 41)))
     assert (d.block_table, m.cache.num_evictions) == ([2, 6, 7, 8, 5, 4], 2)
-    assert m.match([6, 7, 8, 9, 10, 11, 12]) == ([3], 2, None)
+    assert m.match([6, 7, 8, 9, 10, 11, 12]) == ([3], 2)
     assert m.match([1, 2, 3, 4, 5])[:2] == ([0, 1], 4)
 
 
@@ -200,8 +210,8 @@ def test_a_block_is_forgotten_when_it_is_used_again_and_not_before(stage: Module
     m.manager.free(m.admit([1] * 8))
     assert (m.cached(), m.manager.num_free_blocks) == ([0, 1], 2)
     m.manager.free(m.admit([2] * 4))
-    assert m.match([1] * 9) == ([0], 4, None)
-    assert m.match([2] * 5) == ([1], 4, None)
+    assert m.match([1] * 9) == ([0], 4)
+    assert m.match([2] * 5) == ([1], 4)
     assert m.cache.num_evictions == 1
 
 
@@ -266,12 +276,12 @@ def test_salts_of_prompts_of_any_length(stage: ModuleType, length: int) -> None:
     assert [seq.num_cached_tokens for seq in seqs] == [0] * 6 and m.manager.block_copies == []
     found = length // 4 * 4
     for table, salt in zip(tables, (None, "x", "y", "", "saltx", "root"), strict=True):
-        assert m.match([*tokens, 9], salt) == (table[: length // 4], found, None)
-        expected = (min(found, length - 1), table[length // 4 - 1] if found == length else None)
-        assert m.match(tokens, salt)[1:] == expected, "all but the last token, which is needed again"
+        assert m.match([*tokens, 9], salt) == (table[: length // 4], found)
+        expected = (table[: length // 4], min(found, length - 1))
+        assert m.match(tokens, salt) == expected, "all but the last token, which is needed again"
         if found:
-            assert m.match([*tokens[: found - 1], 9, 9], salt)[1:] == (found - 1, table[found // 4 - 1])
-    assert m.match([*tokens, 9], "z") == m.match([*tokens[:2], 9, 9], "z") == ([], 0, None)
+            assert m.match([*tokens[: found - 1], 9, 9], salt) == (table[: found // 4], found - 1)
+    assert m.match([*tokens, 9], "z") == m.match([*tokens[:2], 9, 9], "z") == ([], 0)
 
 
 def test_the_first_of_two_equal_blocks_is_the_one(stage: ModuleType) -> None:
@@ -282,7 +292,7 @@ def test_the_first_of_two_equal_blocks_is_the_one(stage: ModuleType) -> None:
         assert m.manager.allocate_slots(seq, 3)
     m.compute(a, 3)
     m.compute(b, 3)
-    assert (m.cached(), m.match([1, 2, 3])) == ([0], ([0], 2, None))
+    assert (m.cached(), m.match([1, 2, 3])) == ([0], ([0], 2))
     m.manager.free(a)
     m.manager.free(b)
     assert m.free()[-1] == 0 and m.free()[0] == 2
@@ -301,15 +311,15 @@ def test_blocks_behind_one_that_is_gone_are_not_found(stage: ModuleType) -> None
     m.compute(b, 5)
     m.manager.free(a)
     m.manager.free(b)
-    assert m.match([1, 2, 3, 4, 5]) == ([0, 3], 4, None)
+    assert m.match([1, 2, 3, 4, 5]) == ([0, 3], 4)
     assert len(m.free()) == 6
     c = m.admit(list(range(50, 59)))  # five blocks: all that nobody can find, and the oldest of the others
     assert m.cache.num_evictions == 1 and 0 in c.block_table
-    assert m.match([1, 2, 3, 4, 5]) == m.match([1, 2, 3]) == ([], 0, None)
+    assert m.match([1, 2, 3, 4, 5]) == m.match([1, 2, 3]) == ([], 0)
     m.pool.check_integrity([c.block_table])
     m.manager.free(c)
     d = m.admit([1, 2])
-    assert m.match([1, 2, 3, 4, 5]) == ([*d.block_table, 3], 4, None)
+    assert m.match([1, 2, 3, 4, 5]) == ([*d.block_table, 3], 4)
 
 
 def test_nothing_is_left_of_what_was_evicted(stage: ModuleType) -> None:
@@ -322,6 +332,21 @@ def test_nothing_is_left_of_what_was_evicted(stage: ModuleType) -> None:
     assert len(m.cache._children) == 4, "one for each of the cached blocks"
 
 
+def test_the_garbage_collector_has_nothing_to_look_at(stage: ModuleType) -> None:
+    """A cache of 100,000 blocks must not make its passes longer: bytes, and dictionaries of nothing else."""
+    m = Manager(stage, 400, 4)
+    m.manager.free(m.admit(list(range(800))))
+    assert len(m.cache) == 200
+    for block in m.pool.blocks[:200]:
+        assert not any(map(gc.is_tracked, (block.token_bytes, block.block_hash, block.parent_hash)))
+    gc.collect()
+    before = len(gc.get_objects())
+    m.manager.free(m.admit(list(range(1000, 1800))))
+    gc.collect()
+    assert len(m.cache) == 400
+    assert len(gc.get_objects()) - before < 50, "200 more blocks"
+
+
 def test_reset(stage: ModuleType) -> None:
     """Item 50: only while nobody holds a block."""
     m = Manager(stage, 4, 2)
@@ -329,13 +354,22 @@ def test_reset(stage: ModuleType) -> None:
     assert not m.manager.reset_prefix_cache() and m.match([1, 2, 3])[1] == 2
     m.manager.free(a)
     assert m.manager.reset_prefix_cache()
-    assert (len(m.cache), m.cached(), m.match([1, 2, 3])) == (0, [], ([], 0, None))
+    assert (len(m.cache), m.cached(), m.match([1, 2, 3])) == (0, [], ([], 0))
     m.pool.check_integrity([])
     assert m.cache.num_evictions == 0, "a block that is forgotten was not taken from anybody"
     m.manager.free(m.admit([1, 2, 3]))
     assert m.match([1, 2, 3])[1] == 2
     m.manager.free(m.admit([7] * 8))
-    assert m.manager.reset_prefix_cache() and m.cache.num_evictions == 1, "counted since the engine started"
+    stats = m.manager.make_stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"], stats["prefix_cache_hit_rate"]) == (14, 0, 0.0)
+    m.manager.free(m.admit([7] * 4))
+    assert m.manager.make_stats()["prefix_cache_hit_rate"] == 3 / 15
+    assert m.manager.reset_prefix_cache() and m.cache.num_evictions == 2, "counted since the engine started"
+    stats = m.manager.make_stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"], stats["prefix_cache_hit_rate"]) == (18, 3, 0.0)
+    m.manager.free(m.admit([7] * 4))
+    m.manager.free(m.admit([7] * 4))
+    assert m.manager.make_stats()["prefix_cache_hit_rate"] == 3 / 8, "the rate is that of what came since"
 
 
 def test_a_cached_block_is_never_written(stage: ModuleType) -> None:
@@ -355,11 +389,11 @@ def test_a_full_hit_computes_one_token(stage: ModuleType) -> None:
     """The prompt ends with a block, whose last token is needed again: the block is copied but for it."""
     m = Manager(stage, 8, 4)
     m.admit([1, 2, 3, 4, 5, 6, 7, 8])
-    assert m.match([1, 2, 3, 4, 5, 6, 7, 8]) == ([0], 7, 1)
+    assert m.match([1, 2, 3, 4, 5, 6, 7, 8]) == ([0, 1], 7)
     b = m.admit([1, 2, 3, 4, 5, 6, 7, 8])
     assert (b.block_table, b.num_cached_tokens, m.manager.take_block_copies()) == ([0, 2], 7, [(1, 2)])
     assert m.manager.make_stats()["num_copied_blocks"] == 1
-    assert m.match([1]) == ([], 0, None)
+    assert m.match([1]) == ([], 0)
 
 
 def test_the_longest_of_the_newest_eight(stage: ModuleType) -> None:
@@ -370,9 +404,9 @@ def test_the_longest_of_the_newest_eight(stage: ModuleType) -> None:
     for i in range(9):
         m.admit([2 + i, *[3] * 15])  # other first tokens do not count
     prompt = [1, 2, 3, 4, 5, 6]
-    assert m.match(prompt) == ([], 5, 0)
+    assert m.match(prompt) == ([0], 5)
     m.admit([1, 2, 9, *[0] * 13])
-    assert m.match(prompt) == ([], 3, tables[-1][0])
+    assert m.match(prompt) == ([tables[-1][0]], 3)
 
 
 @pytest.mark.parametrize(("block_size", "least"), [(1, None), (2, 1), (8, 1), (16, 2), (32, 4), (256, 32)])
@@ -381,10 +415,10 @@ def test_a_copy_must_be_worth_it(stage: ModuleType, block_size: int, least: int 
     m = Manager(stage, 8, block_size)
     m.admit([1] * block_size)
     if least is None:
-        assert m.match([1, 1]) == ([0], 1, None)
+        assert m.match([1, 1]) == ([0], 1)
         return
-    assert m.match([1] * least + [2] * 5) == ([], least, 0)
-    assert m.match([1] * (least - 1) + [2] * block_size) == ([], 0, None)
+    assert m.match([1] * least + [2] * 5) == ([0], least)
+    assert m.match([1] * (least - 1) + [2] * block_size) == ([], 0)
 
 
 @pytest.mark.parametrize("with_parts", [True, False])
@@ -428,6 +462,42 @@ def test_the_source_may_be_the_block_that_is_taken(stage: ModuleType) -> None:
     m.manager.free(m.admit([1, 2, 3, 4]))
     b = m.admit([1, 2, 9])
     assert (b.block_table, m.manager.block_copies, m.cached()) == ([0], [(0, 0)], [])
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_sequence_that_needs_the_whole_pool(stage: ModuleType, is_held: bool) -> None:
+    """A whole block and a part of another one, which is copied into itself, unless somebody holds it."""
+    m = Manager(stage, 2, 4)
+    a = m.admit([1, 2, 3, 4, 5, 6, 7, 8])
+    if not is_held:
+        m.manager.free(a)
+    seq = make_seq(stage, "b", [1, 2, 3, 4, 5, 6, 9, 9])
+    computed = m.manager.get_computed_blocks(seq)
+    assert computed == ([0, 1], 6)
+    seq.num_computed_tokens = 6
+    before = m.state()
+    assert m.manager.allocate_slots(seq, 2, computed=computed) is not is_held
+    if is_held:
+        assert m.state() == before and seq.block_table == []
+        return
+    assert (seq.block_table, m.manager.block_copies, m.cached()) == ([0, 1], [(1, 1)], [0])
+    m.compute(seq, 2)
+    assert m.match([1, 2, 3, 4, 5, 6, 9, 9, 1]) == ([0, 1], 8)
+    assert m.match([1, 2, 3, 4, 5, 6, 7, 8, 1]) == ([0, 1], 6), "the other text is gone"
+
+
+def test_a_part_of_a_block_that_others_hold(stage: ModuleType) -> None:
+    """It takes one free block more than is written anew, and no reserve."""
+    m = Manager(stage, 4, 4)
+    a = m.admit([1, 2, 3, 4, 5, 6, 7, 8])
+    seq = make_seq(stage, "b", [1, 2, 3, 4, 5, 6, 9, 9, 9])
+    computed = m.manager.get_computed_blocks(seq)
+    seq.num_computed_tokens = computed.num_tokens
+    assert not m.manager.allocate_slots(seq, 3, 1, computed)
+    assert m.manager.allocate_slots(seq, 3, 0, computed)
+    assert (seq.block_table, m.manager.block_copies) == ([0, 2, 3], [(1, 2)])
+    assert [block.ref_cnt for block in m.pool.blocks] == [2, 1, 1, 1]
+    m.pool.check_integrity([a.block_table, seq.block_table])
 
 
 def test_what_has_been_copied_is_kept_for_longer(stage: ModuleType) -> None:
@@ -581,7 +651,7 @@ def test_who_is_looked_up_again_and_again_counts_once(stage: ModuleType) -> None
     drive.scheduler.add_sequence(b)
     for _ in range(4):
         assert ids(drive.step().seqs) == ["a-0"]
-        assert (b.num_computed_tokens, b.block_table, b.num_cached_tokens) == (0, [], None)
+        assert (b.num_computed_tokens, b.block_table, b.num_cached_tokens) == (0, [], -1)
         assert drive.scheduler.make_stats()["prefix_cache_queries"] == 20
     assert a.is_finished
     assert drive.step().num_scheduled_tokens == {"b-0": 15}
@@ -654,14 +724,13 @@ def test_hits_do_not_eat_the_reserve(stage: ModuleType, num_blocks: int) -> None
 
 
 def test_slots_in_use_beside_siblings(stage: ModuleType) -> None:
-    """A block that is the last one of a sequence that has yet to compute its end, and full for one that has gone on."""
+    """A block that one has filled and the other has yet to: after the next step, which takes both on, each has two."""
     m = Manager(stage, 8, 8)
     a, sibling = m.admit(list(range(8))), make_seq(stage, "b", list(range(8)))
     m.manager.fork(a, sibling)
     assert (sibling.block_table, sibling.num_computed_tokens) == ([0], 7)
     assert m.manager.num_used_slots([a, sibling]) == 8
     m.append(a, [20])
-    assert m.manager.num_used_slots([a, sibling]) == 9
     assert m.manager.allocate_slots(sibling, 1)
     m.compute(sibling, 1)
     assert (sibling.block_table, m.manager.block_copies) == ([2], [(0, 2)]), "a cached block is never written"

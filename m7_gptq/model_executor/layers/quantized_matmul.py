@@ -26,12 +26,12 @@ except ImportError:  # a CPU does without
     triton = None
 
 BLOCK = 128  # inputs whose codes lie together
-MAX_ROWS = 64  # of x, above which unpacking first and an ordinary product are faster
+MAX_ROWS = 128  # of x, above which unpacking first and an ordinary product are faster
 
 # Outputs a program computes, its warps, and the depth of its pipeline.
-OUTPUTS, WARPS, STAGES = 128, 4, 4
+OUTPUTS, WARPS, STAGES = 128, 4, 3
 # Programs that keep a multiprocessor reading, and the most parts that a row of the weight is cut into.
-PROGRAMS, MAX_SPLITS = 4, 16
+PROGRAMS, MAX_SPLITS = 2, 16
 
 
 def is_available(x: torch.Tensor, group_size: int) -> bool:

@@ -11,11 +11,14 @@ fits here". The part `stages` turns the idea of each stage off again, and shows 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from folovllm import LLM, TINY, EngineConfig, SamplingParams
 from folovllm.quantize import quantize
 
-QUIET = {"log_level": "WARNING"}
+QUIET: dict[str, Any] = {"log_level": "WARNING"}
 STORY = (
     "Mia had a red kite. On Friday, Mia took the red kite to the old mill. But then a cheeky goat grabbed the kite and "
     "ran away with it. A strong hunter heard her and came closer."
@@ -67,7 +70,7 @@ def sampling(model: str) -> None:
     """Every parameter of a request."""
     seen: list[int] = []
 
-    def watch(token_ids: list[int], logits):  # of prompt and output so far; returns the logits to draw from
+    def watch(token_ids: list[int], logits: Tensor) -> Tensor:  # tokens of prompt and output so far
         seen.append(len(token_ids))
         return logits
 
@@ -110,7 +113,7 @@ def engine(model: str) -> None:
             llm.engine.add_request(name, f"This is {name}. Once upon a time", params, priority=priority)
         llm.engine.add_request("unwanted", "On Monday", params)
         llm.engine.abort_request("unwanted")
-        finished = []
+        finished: list[str] = []
         while llm.engine.has_unfinished_requests():
             finished += [output.request_id for output in llm.engine.step() if output.finished]
         print("finished in this order:", ", ".join(finished))
@@ -129,7 +132,7 @@ def engine(model: str) -> None:
 
 def stages(model: str) -> None:
     """Each stage's idea turned off in turn: other steps, the same tokens."""
-    switches = {
+    switches: dict[str, dict[str, Any]] = {
         "all on": {},
         "m2 off": {"max_num_seqs": 1},
         "m3 off": {"enable_paged_kv": False},
@@ -138,7 +141,12 @@ def stages(model: str) -> None:
         "m6 off": {"enable_prefix_caching": False},
         "few blocks": {"num_kv_blocks": 9},
     }
-    common = {"dtype": "float32", "max_model_len": 128, "max_chunk_size": 24, "kv_cache_memory_bytes": 32 * 2**20}
+    common: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 128,
+        "max_chunk_size": 24,
+        "kv_cache_memory_bytes": 32 * 2**20,
+    }
     expected = None
     for name, options in switches.items():
         with LLM(model, **common, **options, **QUIET) as llm:
@@ -157,7 +165,8 @@ def stages(model: str) -> None:
 def quantized(model: str) -> None:
     """Weights of four bits: a copy of the checkpoint is made, and loaded like any other."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"group_size": 32, "num_samples": 4, "sample_length": 64}  # in earnest: 64 samples of 512 or more
+        # In earnest: groups of 128, and 64 samples of 512 tokens or more.
+        options: dict[str, Any] = {"group_size": 32, "num_samples": 4, "sample_length": 64}
         report = quantize(model, f"{folder}/4bit", method="gptq", use_tqdm=False, **options, **QUIET)
         print(*str(report).splitlines()[-2:], sep="\n")
         with LLM(f"{folder}/4bit", quantization="gptq", **QUIET) as llm:

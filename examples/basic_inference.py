@@ -29,4 +29,4 @@ print(f"stage:   {stage.__name__}")
 print(f"text:    {output.prompt}{output.text}".rstrip())
 print(f"tokens:  {len(output.prompt_token_ids)} in, {len(output.token_ids)} out")
 print(f"ended by: {output.outputs[0].finish_reason}")  # "stop": the model's own end, or "length": max_tokens
-print(f"timing:  first token after {output.metrics.ttft:.3f} s, {1 / output.metrics.tpot:.0f} tokens/s from then on")
+print(f"timing:  first token after {output.metrics.ttft:.3f} s, the last after {output.metrics.e2e_latency:.3f} s")

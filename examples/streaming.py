@@ -27,7 +27,7 @@ with LLM(args.model, log_level="WARNING") as llm:
 
     # Several: the outputs of all requests come through one loop, a token of each in turn; request_id tells whose it is.
     print("\nthree streams:")
-    prompts = [args.prompt, "Mia had a red kite. One day,", "On Monday, Theo"]
+    prompts = [args.prompt, "Mia had a red kite. One day,", "Ali had an orange flute."]
     for output in llm.stream(prompts, SamplingParams(temperature=0.0, max_tokens=4)):
         print(f"{output.request_id}:{output.delta!r}", end=" ")
 

@@ -34,7 +34,8 @@ def perplexity(model: LlamaForCausalLM, token_ids: torch.Tensor, window: int) ->
         ValueError: less than two tokens.
     """
     num_whole = len(token_ids) // window
-    batches = list(token_ids[: num_whole * window].view(-1, window).split(max(1, BATCH_TOKENS // window)))
+    whole = token_ids[: num_whole * window].view(num_whole, window)
+    batches = list(whole.split(max(1, BATCH_TOKENS // window))) if num_whole else []
     rest = token_ids[num_whole * window :]
     if len(rest) > 1:
         batches.append(rest[None])

@@ -27,12 +27,14 @@ class Task:
 
     Attributes:
         files: of the stage, that are worked on.
+        names: that the tests know, of what is made there.
         tests: {path of a test file: words of its `-k`, each the name of a test or its beginning}.
         num_hints: that fold out.
     """
 
     title: str
     files: list[str]
+    names: list[str]
     tests: dict[str, list[str]]
     num_hints: int
 
@@ -41,14 +43,18 @@ def read_sheet(text: str) -> list[Task]:
     """The tasks of a sheet, in order."""
     tasks = []
     for section in re.split(r"^## Task \d+: ", text, flags=re.MULTILINE)[1:]:
-        files = re.search(r"^Files: (.+?)$", section, re.MULTILINE)
         tests: dict[str, list[str]] = {}
         for command in re.findall(r"^pytest .+$", section, re.MULTILINE):
             _, path, *options = shlex.split(command)
             tests.setdefault(path, []).extend(options[options.index("-k") + 1].split(" or "))
-        names = re.findall(r"`([^`]+)`", files[1]) if files else []
-        tasks.append(Task(section.splitlines()[0], names, tests, section.count("<details>")))
+        files, names = _listed("Files", section), _listed("Names", section)
+        tasks.append(Task(section.splitlines()[0], files, names, tests, section.count("<details>")))
     return tasks
+
+
+def _listed(what: str, section: str) -> list[str]:
+    line = re.search(rf"^{what}: (.+)$", section, re.MULTILINE)
+    return re.findall(r"`([^`]+)`", line[1]) if line else []
 
 
 def find_stages(root: Path, name: str) -> tuple[str, str]:

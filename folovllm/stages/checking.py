@@ -135,6 +135,7 @@ def _outdated_gpu_runs(root: Path, ledger: list[Stage]) -> Iterator[str]:
     try:
         runs = json.loads((root / GPU_RESULTS).read_text(encoding="utf-8"))
         tested = {name: run["hash"] for name, run in runs.items()}
+        not_passed = {name: run.get("tests", run["passed"]) - run["passed"] for name, run in runs.items()}
     except (ValueError, AttributeError, TypeError, KeyError):
         yield f"{GPU_RESULTS} cannot be read: it must map each stage to its run, with a hash"
         return
@@ -143,3 +144,5 @@ def _outdated_gpu_runs(root: Path, ledger: list[Stage]) -> Iterator[str]:
             yield f"{GPU_RESULTS} records no GPU run of {stage.name}"
         elif tested[stage.name] != stage_hash(root, stage.name):
             yield f"{stage.name} has changed since its GPU run in {GPU_RESULTS}"
+        if not_passed.get(stage.name):
+            yield f"{stage.name}: {not_passed[stage.name]} tests of its GPU run in {GPU_RESULTS} did not pass"

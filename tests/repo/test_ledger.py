@@ -294,6 +294,9 @@ def test_gpu_runs_are_held_against_the_code(tree: Path) -> None:
     assert len(about_gpu()) == 1
     write(tree / "m1_two" / "extra.py", "EXTRA = 2\n")
     assert "m1_two has changed since its GPU run in docs/results/gpu_tests.json" in about_gpu()
+    runs["m0_one"]["tests"] = 5
+    write(results, json.dumps(runs))
+    assert "m0_one: 2 tests of its GPU run in docs/results/gpu_tests.json did not pass" in about_gpu()
     write(results, "[]")
     assert "cannot be read" in about_gpu()[0]
 

@@ -62,6 +62,15 @@ def test_a_sheet_names_the_files_of_its_stage(short: str) -> None:
     assert named | empty == listed
 
 
+@pytest.mark.parametrize("short", SHEETS)
+def test_names_are_those_of_the_stage(short: str) -> None:
+    for task in practice.read_sheet(sheet(short)):
+        code = "".join((ROOT / STAGES[short].name / file).read_text(encoding="utf-8") for file in task.files)
+        known = set(re.findall(r"\w+", code))
+        for name in task.names:
+            assert set(re.findall(r"\w+", name)) <= known, f"{task.title}: {name}"
+
+
 # Each a group of its own, for pytest-xdist: or one worker would get them all.
 @pytest.mark.parametrize("short", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SHEETS])
 def test_ours_passes_what_the_untouched_copy_fails(short: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ COVERAGE_MIN := 85
 PYTEST := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(PY) -m pytest tests -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-deep lint format coverage notebooks api interop bench clean install install-test install-dev
+.PHONY: help demo test test-quick test-deep lint format coverage notebooks docs api interop bench clean install install-test install-dev
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,16 @@ coverage: install-dev ## line coverage of every stage; fails below 85 %
 
 notebooks: install-test ## execute every notebook in place (ARGS=--check: without writing)
 	$(PY) -m folovllm.bench.notebooks $(ARGS)
+
+docs: install ## every stage beside the one before it, as pages: docs/site/index.html
+	@mkdir -p docs/site
+	@echo '<!doctype html><meta charset="utf-8"><title>FoloVLLM, stage by stage</title><h1>Stage by stage</h1><ol>' \
+	    > docs/site/index.html
+	@set -e; old=; for new in $(STAGES); do \
+	    if [ -n "$$old" ]; then \
+	        $(PY) -m folovllm diff $$old $$new --html docs/site/$$new.html | head -1; \
+	        echo "<li><a href='$$new.html'>$$old and $$new</a></li>" >> docs/site/index.html; \
+	    fi; old=$$new; done
 
 api: install ## write docs/api from the docstrings of the newest stage
 	$(PY) -m folovllm.bench.apidocs $(ARGS)

@@ -68,7 +68,11 @@ class SequenceTrace:
 
 @dataclass
 class Result:
-    """What a run of a workload took; `traces` are in the order of its requests, then of their samples."""
+    """What a run of a workload took; `traces` are in the order of its requests, then of their samples.
+
+    `peak_kv_slots` is the most slots of the KV cache (tokens) that belonged to running sequences after a step; None for
+    an engine that does not say.
+    """
 
     stage: str
     workload: Workload
@@ -76,6 +80,7 @@ class Result:
     traces: list[SequenceTrace]
     peak_memory_bytes: int
     notes: list[str]
+    peak_kv_slots: int | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -110,6 +115,7 @@ class Result:
                 for q in (50, 99)
             },
             "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_kv_slots": self.peak_kv_slots,
             "notes": self.notes,
         }
 
@@ -150,6 +156,7 @@ def run(engine: Any, workload: Workload | str, *, warmup: bool = True, **engine_
     if reset_prefix_cache := getattr(engine, "reset_prefix_cache", None):
         reset_prefix_cache()  # a run finds what it has computed itself, not what the one before has
     _reset_peak_memory()
+    num_earlier_steps = len(_steps_of(engine))
     start = time.perf_counter()
     traces: dict[tuple[int, int], SequenceTrace] = {}
     histories: list[list[int]] = [request.prompt_token_ids for request in workload.requests]
@@ -165,14 +172,24 @@ def run(engine: Any, workload: Workload | str, *, warmup: bool = True, **engine_
             traces[trace.request, trace.sample] = trace
         for index in turn:
             histories[index] = histories[index] + traces[index, 0].token_ids
+    seconds = time.perf_counter() - start
+    # The first stage with a cache has one row for its one sequence: all of it.
+    slots = [getattr(step, "kv_slots_allocated", step.kv_slots) for step in _steps_of(engine)[num_earlier_steps:]]
     return Result(
         stage=type(engine).__module__.partition(".")[0],
         workload=workload,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         traces=[traces[key] for key in sorted(traces)],
         peak_memory_bytes=_peak_memory(),
         notes=_notes(workload.requests, has_n, _notes_times(engine)),
+        peak_kv_slots=max(slots, default=None),
     )
+
+
+def _steps_of(llm: Any) -> list[Any]:
+    """The engine's own records of its steps; none in the first stage."""
+    steps: list[Any] = getattr(getattr(getattr(llm, "engine", None), "stats", None), "steps", [])
+    return steps
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A row of the table is a stage, a stage with engine options ("m1:max_model_len=256"), or transformers' `generate`. Every
 figure is the median over the repeats, and every ratio the median of the ratios within each repeat. For a workload of
-one request the JSON holds the undisturbed figures as well: of the times of each token, the shortest. The script is
-tests/benchmark/compare.py.
+one request the JSON holds the undisturbed figures as well: of the times of each token, the shortest. `--plot`
+draws the medians. The script is tests/benchmark/compare.py.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="requests in each of its static batches (default: 16)",
     )
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="draw the medians, a bar chart a measure (.png, .svg)")
     add_engine_options(parser)
     return parser
 
@@ -59,6 +60,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise ValueError(f"--milestones names a row twice: {args.milestones}")
     variants = [parse_variant(name) for name in names]
+    if args.plot:
+        check_plot(args.plot)  # before hours of measuring
     with ExitStack() as stack:
         llms = [stack.enter_context(open_llm(args, stage, **options)) for stage, options in variants]
         runners: dict[str, Runner] = {name: partial(lab.run, llm) for name, llm in zip(names, llms, strict=True)}
@@ -71,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         results = run_in_turns(runners, workload, args.repeats)
     stages = {name: found[0].stage for name, found in results.items()}
     rows = {name: [figures_of(result) for result in found] for name, found in results.items()}
-    return {
+    figures = {
         **engine,
         "workload": workload.name,
         "description": workload.description,
@@ -84,6 +87,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "runs": rows,
         "notes": {name: found[0].notes for name, found in results.items() if found[0].notes},
     }
+    if args.plot:
+        plot(figures, args.plot)
+    return figures
 
 
 def open_transformers(stack: ExitStack, args: argparse.Namespace, engine: dict[str, Any]) -> Runner:
@@ -114,7 +120,15 @@ def run_in_turns(runners: dict[str, Runner], workload: Workload, repeats: int) -
 def figures_of(result: lab.Result) -> dict[str, float | None]:
     """The figures of one run. `decode_tokens_per_s` is that of one sequence: the inverse of the median gap."""
     summary = result.summary()
-    names = ("seconds", "output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms", "itl_p50_ms", "itl_p99_ms")
+    names = (
+        "seconds",
+        "output_tokens_per_s",
+        "ttft_p50_ms",
+        "tpot_p50_ms",
+        "itl_p50_ms",
+        "itl_p99_ms",
+        "peak_kv_slots",
+    )
     figures: dict[str, float | None] = {name: summary[name] for name in names}
     gap = figures["itl_p50_ms"]
     figures["decode_tokens_per_s"] = round(1e3 / gap, 2) if gap else None
@@ -183,6 +197,7 @@ COLUMNS = {
     "TTFT, ms": ("ttft_p50_ms", ",.2f"),
     "ITL p50, ms": ("itl_p50_ms", ",.2f"),
     "ITL p99, ms": ("itl_p99_ms", ",.2f"),
+    "peak KV slots": ("peak_kv_slots", ",.0f"),
     "last/first quarter": ("last_over_first_quarter", ".2f"),
     "at 512, ms": ("ms_at_context_512", ",.2f"),
 }
@@ -211,6 +226,68 @@ def show(figures: dict[str, Any]) -> None:
     for name, notes in figures["notes"].items():
         for note in notes:
             console.print(f"Note on {name}: {note}.")
+
+
+PLOTTED = {
+    "output tokens/s": ("output_tokens_per_s", ",.1f"),
+    "time to first token, median (ms)": ("ttft_p50_ms", ",.1f"),
+    "time between tokens, 99th percentile (ms)": ("itl_p99_ms", ",.2f"),
+    "KV slots of running sequences, peak": ("peak_kv_slots", ",.0f"),
+}
+
+
+def check_plot(path: Path) -> None:
+    """ValueError unless a picture can be written to `path`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"--plot {path}: the name must end in one of {', '.join(f'.{each}' for each in formats)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Draws what `measure` found: for each measure the medians as bars, and the spread of the repeats as a line.
+
+    A measure that no row has is left out; a row that has not got it has no bar.
+    """
+    from matplotlib.figure import Figure
+
+    rows = figures["median"]
+    measures = {title: it for title, it in PLOTTED.items() if any(row.get(it[0]) is not None for row in rows.values())}
+    names = list(rows)
+    num_lines = -(-len(measures) // 2)
+    figure = Figure(figsize=(12, num_lines * (1.3 + 0.34 * len(names))), dpi=100, layout="constrained")
+    panels = figure.subplots(num_lines, 2, squeeze=False).flatten()
+    for axes in panels[len(measures) :]:
+        axes.set_axis_off()
+    for axes, (title, (key, form)) in zip(panels, measures.items(), strict=False):
+        for position, name in enumerate(names):
+            value = rows[name].get(key)
+            if value is None:
+                axes.text(0, position, " –", va="center")
+                continue
+            runs = [run[key] for run in figures["runs"][name]]
+            colour = "#777777" if name == TRANSFORMERS else lab.colour_of(name, position)
+            bar = axes.barh(
+                position, value, color=colour, xerr=[[value - min(runs)], [max(runs) - value]], ecolor="#999999"
+            )
+            axes.bar_label(bar, [format(value, form)], padding=4, fontsize=9)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.margins(x=0.15)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.grid(axis="x", color="#e5e5e5")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    subject = f"{figures['model']}, {figures['dtype']}, {figures['device']}; median of {figures['repeats']}"
+    figure.suptitle(f"{figures['workload']}: {figures['description']}\n{subject}", fontsize=11, x=0.01, ha="left")
+    figure.savefig(path)
 
 
 def main(argv: list[str] | None = None) -> int:

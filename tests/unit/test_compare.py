@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -265,6 +268,73 @@ def test_faults_of_the_user(
 )
 def test_variants(text: str, expected: tuple[str, dict[str, Any]]) -> None:
     assert options.parse_variant(text) == expected
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_what_was_measured(
+    opened: list[FakeLLM], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One panel for each measure that there is, and no other."""
+    out = tmp_path / "out.svg"
+    assert compare.main(["--milestones", "m0,m1", "--repeats", "2", "--plot", str(out)]) == 0
+    assert last_line(capsys)[1]["median"]["m0"]["peak_kv_slots"] is None  # the fake says nothing about a cache
+    drawn = comments_of(out)
+    shown = [title for title in compare.PLOTTED if title in drawn]
+    assert shown == [title for title, (key, _) in compare.PLOTTED.items() if key != "peak_kv_slots"]
+    assert {"m0", "m1", "1,000.0", "250.0", "4.00", "1.00"} <= drawn
+    assert "tiny, float32, cpu; median of 2" in drawn
+
+
+def test_a_row_without_a_measure_has_no_bar(tmp_path: Path) -> None:
+    row: dict[str, float | None] = {"output_tokens_per_s": 20.0, "ttft_p50_ms": 5.0, "itl_p99_ms": 2.0}
+    runs: dict[str, list[dict[str, float | None]]] = {
+        "m0": [{**row, "peak_kv_slots": None}],
+        "m3:block_size=4": [{**row, "peak_kv_slots": 1234}, {**row, "peak_kv_slots": 1236}],
+        compare.TRANSFORMERS: [{**row, "peak_kv_slots": None}],
+    }
+    figures: dict[str, Any] = {
+        **{"model": "tiny", "dtype": "float32", "device": "cpu"},
+        **{"workload": "single", "description": "one request", "repeats": 2},
+        "median": {name: compare.medians(found) for name, found in runs.items()},
+        "runs": runs,
+    }
+    compare.plot(figures, tmp_path / "out.svg")
+    drawn = comments_of(tmp_path / "out.svg")
+    assert {*runs, *compare.PLOTTED, "1,235", " –"} <= drawn
+    compare.plot(figures, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def comments_of(svg: Path) -> set[str]:
+    """The texts of a picture: matplotlib notes each as a comment beside its outlines."""
+    return {html.unescape(text) for text in re.findall("<!-- (.*?) -->", svg.read_text(encoding="utf-8"), re.DOTALL)}
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("out.doc", "must end in one of"), ("out", "must end in"), ("none/out.png", "no folder")]
+)
+def test_no_picture_is_refused_before_anything_is_measured(
+    opened: list[FakeLLM], capsys: pytest.CaptureFixture[str], tmp_path: Path, out: str, message: str
+) -> None:
+    assert compare.main(["--milestones", "m0", "--plot", str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --plot ") and message in error and error.count("\n") == 1
+    assert not opened
+
+
+def test_matplotlib_is_needed_for_the_picture_only(
+    opened: list[FakeLLM], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["--milestones", "m0", "--repeats", "1"]
+    assert compare.main([*arguments, "--plot", str(tmp_path / "out.png")]) == 2
+    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib\n"
+    assert not opened
+    assert compare.main(arguments) == 0
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

@@ -107,6 +107,32 @@ def test_times_of_one_request(clock: Clock) -> None:
     assert json.loads(json.dumps(summary)) == summary
 
 
+def test_peak_of_the_cache(clock: Clock) -> None:
+    """Of the steps of the run alone; a stage with one row gives all of it to whoever runs."""
+    request = workload(WorkloadRequest([1] * 10, 4))
+    llm: Any = FakeLLM(clock)
+    assert lab.run(llm, request).summary()["peak_kv_slots"] is None
+    steps = [SimpleNamespace(kv_slots=512, kv_slots_allocated=400)]
+    llm.engine = SimpleNamespace(stats=SimpleNamespace(steps=steps))
+    stream = llm.stream
+
+    def stream_in_steps(*what: Any) -> Iterator[Any]:
+        for slots, output in zip((16, 32, 32, 16), stream(*what), strict=True):
+            steps.append(SimpleNamespace(kv_slots=512, kv_slots_allocated=slots))
+            yield output
+
+    llm.stream = stream_in_steps
+    assert lab.run(llm, request).summary()["peak_kv_slots"] == 32
+
+    def stream_with_one_row(*what: Any) -> Iterator[Any]:
+        for output in stream(*what):
+            steps.append(SimpleNamespace(kv_slots=512))
+            yield output
+
+    llm.stream = stream_with_one_row
+    assert lab.run(llm, request).peak_kv_slots == 512
+
+
 def test_warmup_is_not_counted_and_leaves_no_prefix(clock: Clock) -> None:
     llm = FakeLLM(clock)
     prompt = list(range(20))

@@ -31,8 +31,10 @@ def perplexity(model: LlamaForCausalLM, token_ids: torch.Tensor, window: int) ->
         Perplexity, at least 1, less is better; how many tokens were foreseen.
 
     Raises:
-        ValueError: less than two tokens.
+        ValueError: less than two tokens, or a window of less.
     """
+    if window < 2:
+        raise ValueError(f"a window of {window} tokens foresees nothing; it takes two at least")
     num_whole = len(token_ids) // window
     whole = token_ids[: num_whole * window].view(num_whole, window)
     batches = list(whole.split(max(1, BATCH_TOKENS // window))) if num_whole else []

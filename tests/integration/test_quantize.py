@@ -468,6 +468,14 @@ def test_a_text_without_a_perplexity(stage: ModuleType, make_llm: MakeLLM, num_t
         )
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_window_that_foresees_nothing(stage: ModuleType, make_llm: MakeLLM, window: int) -> None:
+    with pytest.raises(ValueError, match=f"window of {window} tokens"):
+        submodule(stage, "evaluate").perplexity(
+            make_llm("qwen3", max_model_len=64).model, torch.zeros(20).long(), window
+        )
+
+
 # ---------------------------------------------------------------------- the tool
 
 SMALL: dict[str, Any] = {"num_samples": 3, "sample_length": 32, "use_tqdm": False, "device": "cpu"}

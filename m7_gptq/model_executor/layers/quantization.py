@@ -262,7 +262,8 @@ class PackedWeight(QuantizedWeight):
         self.order = None if order is None else _frozen(order)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        is_small = len(x) <= quantized_matmul.MAX_ROWS and x.dtype != torch.float32  # which tensor cores do not take
+        # In float32 there are no tensor cores to use.
+        is_small = 0 < len(x) <= quantized_matmul.MAX_ROWS and x.dtype != torch.float32
         if is_small and quantized_matmul.is_available(x, self.group_size):
             return quantized_matmul.matmul(x.contiguous(), self, bias)
         return F.linear(x, self.dequantize_sorted(x.dtype), bias)

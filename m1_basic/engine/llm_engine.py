@@ -38,7 +38,12 @@ class LLMEngine:
         self.stats = EngineStats()
         self._queue: deque[Sequence] = deque()  # unfinished sequences; the first one is being served
 
-    def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Request:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+    ) -> Request:
         """Queue a request.
 
         Args:

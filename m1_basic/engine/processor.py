@@ -45,7 +45,12 @@ class InputProcessor:
         self.eos_token_ids = self._find_eos_token_ids(hf_config)
         self._counter = count()
 
-    def process(self, request_id: str, prompt: Any, params: SamplingParams | None) -> list[Sequence]:
+    def process(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None,
+    ) -> list[Sequence]:
         """The `n` sequences of a new request.
 
         Raises:

@@ -39,7 +39,11 @@ class LLMEngine:
         self._unfinished: dict[str, list[Sequence]] = {}  # request id: its unfinished sequences
 
     def add_request(
-        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
     ) -> Request:
         """Queue a request.
 

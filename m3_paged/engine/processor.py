@@ -45,7 +45,13 @@ class InputProcessor:
         self.eos_token_ids = self._find_eos_token_ids(hf_config)
         self._counter = count()
 
-    def process(self, request_id: str, prompt: Any, params: SamplingParams | None, priority: int = 0) -> list[Sequence]:
+    def process(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None,
+        priority: int = 0,
+    ) -> list[Sequence]:
         """The `n` sequences of a new request.
 
         Raises:

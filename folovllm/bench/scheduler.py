@@ -77,7 +77,7 @@ class Engine:
         resumed = time.perf_counter()
         seq_outputs = self.scheduler.update_from_output(scheduled, sampled)
         updated = time.perf_counter()
-        self.output_processor.process_outputs(seq_outputs, started)
+        self.output_processor.process_outputs(seq_outputs)
         return len(scheduled.seqs), [chosen - started, updated - resumed, time.perf_counter() - updated]
 
     def _tokens(self, count: int) -> list[int]:

@@ -93,7 +93,8 @@ class LLMEngine:
         sampled = self.worker.model_runner.execute_model(seq)
         seq.num_computed_tokens = last
         seq_outputs = [self._update_from_output(seq, sampled)]
-        outputs, stopped = self.output_processor.process_outputs(seq_outputs, started)
+        self.output_processor.note_scheduled([seq], started)
+        outputs, stopped = self.output_processor.process_outputs(seq_outputs)
         if seq.is_finished or stopped:
             self.finish_sequence(seq.seq_id, seq.status if seq.is_finished else SequenceStatus.FINISHED_STOPPED)
         self.stats.record(

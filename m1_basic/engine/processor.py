@@ -189,10 +189,15 @@ class OutputProcessor:
         if not any((seq.request_id, completion.index) in self._states for completion in output.outputs):
             del self._outputs[seq.request_id]
 
-    def process_outputs(
-        self, seq_outputs: list[SequenceOutput], started: float
-    ) -> tuple[list[RequestOutput], list[str]]:
-        """Take in the tokens of the step that began at `started`.
+    def note_scheduled(self, seqs: list[Sequence], started: float) -> None:
+        """The step that began at `started` worked on these."""
+        for seq in seqs:
+            if seq.request_id in self._outputs:
+                output = self._outputs[seq.request_id]
+                output.metrics.first_scheduled_time = output.metrics.first_scheduled_time or started
+
+    def process_outputs(self, seq_outputs: list[SequenceOutput]) -> tuple[list[RequestOutput], list[str]]:
+        """Take in the tokens of a step.
 
         Returns:
             The outputs of the requests that made progress, which go on growing in later steps; and the ids of sequences
@@ -206,7 +211,6 @@ class OutputProcessor:
             output = self._outputs[request_id]
             if request_id not in progressed:
                 progressed[request_id] = output
-                output.metrics.first_scheduled_time = output.metrics.first_scheduled_time or started
                 for completion in output.outputs:
                     completion.delta = ""
             seq, completion = seq_output.seq, output.outputs[seq_output.seq.index]

@@ -91,7 +91,9 @@ class LLMEngine:
             return []
         started = time.perf_counter()
         scheduled, seq_outputs = self.core.step()
-        outputs, stopped = self.output_processor.process_outputs(seq_outputs, started)
+        if scheduled.is_prefill:
+            self.output_processor.note_scheduled(scheduled.seqs, started)
+        outputs, stopped = self.output_processor.process_outputs(seq_outputs)
         for seq_output in seq_outputs:
             if seq_output.seq.is_finished:
                 self._forget(seq_output.seq)

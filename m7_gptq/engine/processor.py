@@ -198,7 +198,7 @@ class OutputProcessor:
             del self._outputs[seq.request_id]
 
     def note_scheduled(self, seqs: list[Sequence], started: float) -> None:
-        """The step that began at `started` works on these, whether or not they get a token."""
+        """The step that began at `started` worked on these, whether or not they got a token."""
         for seq in seqs:
             if seq.request_id in self._outputs:
                 output = self._outputs[seq.request_id]
@@ -206,10 +206,8 @@ class OutputProcessor:
                 if seq.index == 0:
                     output.num_cached_tokens = seq.num_cached_tokens
 
-    def process_outputs(
-        self, seq_outputs: list[SequenceOutput], started: float
-    ) -> tuple[list[RequestOutput], list[str]]:
-        """Take in the tokens of the step that began at `started`.
+    def process_outputs(self, seq_outputs: list[SequenceOutput]) -> tuple[list[RequestOutput], list[str]]:
+        """Take in the tokens of a step.
 
         Returns:
             The outputs of the requests that made progress, which go on growing in later steps; and the ids of sequences
@@ -223,7 +221,6 @@ class OutputProcessor:
             output = self._outputs[request_id]
             if request_id not in progressed:
                 progressed[request_id] = output
-                output.metrics.first_scheduled_time = output.metrics.first_scheduled_time or started
                 for completion in output.outputs:
                     completion.delta = ""
             seq, completion = seq_output.seq, output.outputs[seq_output.seq.index]

@@ -60,7 +60,7 @@ class Scheduler:
             admitted = self._admit()
         self._num_prefills_in_a_row = self._num_prefills_in_a_row + 1 if admitted else 0
         seqs = admitted or list(self.running)
-        num_scheduled_tokens = {seq.seq_id: seq.num_tokens - seq.num_computed_tokens for seq in seqs}
+        num_scheduled_tokens = {seq.seq_id: num_tokens_left(seq) for seq in seqs}
         for seq in seqs:
             seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
         retired, self._retired = self._retired, []
@@ -120,7 +120,7 @@ class Scheduler:
         token_budget = self.max_num_batched_tokens
         while self.waiting:
             seq = self.waiting.peek()
-            num_new_tokens = seq.num_tokens - seq.num_computed_tokens
+            num_new_tokens = num_tokens_left(seq)
             if num_new_tokens > token_budget or not self._has_room_for(seq):
                 break  # and nobody overtakes it, or it might wait for ever
             self.waiting.pop()
@@ -161,3 +161,8 @@ class Scheduler:
         self._free_rows.extend(seq.block_table)
         seq.block_table = []
         self._retired.append(seq.seq_id)
+
+
+def num_tokens_left(seq: Sequence) -> int:
+    """Tokens of `seq` that are still to be computed."""
+    return seq.num_tokens - seq.num_computed_tokens

@@ -38,7 +38,10 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.max_num_seqs = config.max_num_seqs or 0
         self.max_num_batched_tokens = config.max_num_batched_tokens or 0
-        self.kv_cache_manager = KVCacheManager(config.num_kv_blocks or 0, config.block_size or 0)
+        self.kv_cache_manager = KVCacheManager(
+            config.num_kv_blocks or 0,
+            config.block_size or 0,
+        )
         self.enable_paged_kv = config.enable_paged_kv
         self.watermark_blocks = int(WATERMARK * (config.num_kv_blocks or 0)) if self.enable_paged_kv else 0
         self.policy = config.scheduling_policy
@@ -67,12 +70,17 @@ class Scheduler:
         if not admitted:
             self._allocate_for_running()
         seqs = admitted or list(self.running)
-        num_scheduled_tokens = {seq.seq_id: seq.num_tokens - seq.num_computed_tokens for seq in seqs}
+        num_scheduled_tokens = {seq.seq_id: num_tokens_left(seq) for seq in seqs}
         for seq in seqs:
             seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
         retired, self._retired = self._retired, []
-        copies = self.kv_cache_manager.take_block_copies()
-        return SchedulerOutput(seqs, num_scheduled_tokens, bool(admitted), retired, copies)
+        return SchedulerOutput(
+            seqs=seqs,
+            num_scheduled_tokens=num_scheduled_tokens,
+            is_prefill=bool(admitted),
+            retired_seq_ids=retired,
+            block_copies=self.kv_cache_manager.take_block_copies(),
+        )
 
     def update_from_output(self, scheduled: SchedulerOutput, sampled: ModelRunnerOutput) -> list[SequenceOutput]:
         """Append the step's tokens and let go of the sequences that they finish."""
@@ -125,6 +133,15 @@ class Scheduler:
             "kv_slots": self.kv_cache_manager.num_blocks * self.kv_cache_manager.block_size,
         }
 
+    def _allocate_for_running(self) -> None:
+        """Slots for the next tokens of all who run. Where there are none, the last or least urgent stops running."""
+        for seq in list(self.running):
+            while seq.status is SequenceStatus.RUNNING:
+                if self.kv_cache_manager.allocate_slots(seq, num_tokens_left(seq)):
+                    break
+                self._preempt(max(self.running, key=urgency) if self.policy == "priority" else self.running[-1])
+                self.num_preemptions["no free block"] += 1
+
     def _admit(self) -> list[Sequence]:
         """Move sequences from waiting to running, in order, while there are blocks and tokens for them.
 
@@ -138,7 +155,7 @@ class Scheduler:
         while self.waiting:
             seq = self.waiting.peek()
             parent = parents.get(seq.request_id) if seq.num_output_tokens == 0 else None
-            num_new_tokens = 0 if parent else seq.num_tokens - seq.num_computed_tokens
+            num_new_tokens = 0 if parent else num_tokens_left(seq)
             if num_new_tokens > token_budget or not self._has_room_for(seq, parent):
                 break  # and nobody overtakes it, or it might wait for ever
             self.waiting.pop()
@@ -166,20 +183,11 @@ class Scheduler:
     def _allocate(self, seq: Sequence, parent: Sequence | None) -> bool:
         num_reserved = (self.watermark_blocks if self.running else 0) + len(self._forked)  # whose copies are to come
         if parent is None:
-            return self.kv_cache_manager.allocate_slots(seq, seq.num_tokens - seq.num_computed_tokens, num_reserved)
+            return self.kv_cache_manager.allocate_slots(seq, num_tokens_left(seq), num_reserved)
         if self.kv_cache_manager.num_free_blocks <= num_reserved:
             return False  # it will need a block of its own in the next step
         self.kv_cache_manager.fork(parent, seq)
         return True
-
-    def _allocate_for_running(self) -> None:
-        """Slots for the next tokens of all who run. Where there are none, the last or least urgent stops running."""
-        for seq in list(self.running):
-            while seq.status is SequenceStatus.RUNNING:
-                if self.kv_cache_manager.allocate_slots(seq, seq.num_tokens - seq.num_computed_tokens):
-                    break
-                self._preempt(max(self.running, key=urgency) if self.policy == "priority" else self.running[-1])
-                self.num_preemptions["no free block"] += 1
 
     def _preempt(self, seq: Sequence) -> None:
         """Take the cache of a running sequence away. Its output is kept, to be recomputed with its prompt."""
@@ -197,3 +205,8 @@ class Scheduler:
     def _free_cache(self, seq: Sequence) -> None:
         self.kv_cache_manager.free(seq)
         self._retired.append(seq.seq_id)
+
+
+def num_tokens_left(seq: Sequence) -> int:
+    """Tokens of `seq` that are still to be computed."""
+    return seq.num_tokens - seq.num_computed_tokens

@@ -42,7 +42,10 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.max_num_seqs = config.max_num_seqs or 0
         self.max_num_batched_tokens = config.max_num_batched_tokens or 0
-        self.kv_cache_manager = KVCacheManager(config.num_kv_blocks or 0, config.block_size or 0)
+        self.kv_cache_manager = KVCacheManager(
+            config.num_kv_blocks or 0,
+            config.block_size or 0,
+        )
         self.enable_paged_kv = config.enable_paged_kv
         self.enable_chunked_prefill = config.enable_chunked_prefill
         self.max_chunk_size = config.max_chunk_size or 0
@@ -108,17 +111,14 @@ class Scheduler:
             if seq.seq_id in num_scheduled_tokens:
                 is_prompt = num_tokens_left(seq) > 1 or seq.seq_id in self._admitted_ids
                 (prompts if is_prompt else decodes).append(seq)
-        sampled_seqs = []
-        for seq in decodes + prompts:  # attention computes them apart
-            num_left, num_new_tokens = num_tokens_left(seq), num_scheduled_tokens[seq.seq_id]
-            seq.num_computed_tokens += num_new_tokens
-            if num_new_tokens == num_left:
-                sampled_seqs.append(seq)
+        seqs = decodes + prompts  # attention computes them apart
+        for seq in seqs:
+            seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
         retired, self._retired = self._retired, []
         return SchedulerOutput(
-            seqs=decodes + prompts,
+            seqs=seqs,
             num_scheduled_tokens=num_scheduled_tokens,
-            sampled_seqs=sampled_seqs,
+            sampled_seqs=[seq for seq in seqs if num_tokens_left(seq) == 0],
             is_prefill=bool(prompts),
             is_decode=bool(decodes),
             retired_seq_ids=retired,
@@ -259,7 +259,7 @@ class Scheduler:
 
     def _chunk_size(self, seq: Sequence) -> int:
         """How many of its tokens it may compute in this step."""
-        num_left = seq.num_tokens - seq.num_computed_tokens
+        num_left = num_tokens_left(seq)
         if not self.enable_chunked_prefill:
             return num_left if num_left <= self._token_budget else 0
         if num_left <= 1:  # a decode

@@ -70,8 +70,7 @@ class GPUWorker:
             max_model_len=self.max_model_len,
             attention_backend=self.backend.name,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens
-            or max(self.max_model_len, max_num_seqs, _DEFAULT_NUM_BATCHED_TOKENS),
+            max_num_batched_tokens=resolve_num_batched_tokens(config, self.max_model_len, max_num_seqs),
             block_size=self.block_size,
             num_kv_blocks=num_blocks,
         )
@@ -146,7 +145,7 @@ class GPUWorker:
         if config.num_kv_blocks is not None:
             return available
         if self.device.type == "cuda":
-            num_tokens = config.max_num_batched_tokens or max(longest, _DEFAULT_NUM_BATCHED_TOKENS)
+            num_tokens = resolve_num_batched_tokens(config, longest, max_num_seqs)
             peak = self._profile_activations(num_tokens, longest, max_num_seqs)
             peak += self._profile_cuda_graphs(config, max_num_seqs, longest)
             free, total = torch.cuda.mem_get_info(self.device)
@@ -234,6 +233,11 @@ class GPUWorker:
 def kv_bytes_per_token(layers: list[Attention], dtype: torch.dtype) -> int:
     """Bytes of key and value that one token leaves in all layers together."""
     return sum(2 * layer.num_kv_heads * layer.head_dim * dtype.itemsize for layer in layers)
+
+
+def resolve_num_batched_tokens(config: EngineConfig, max_model_len: int, max_num_seqs: int) -> int:
+    """Most tokens in a step: what was asked for, and otherwise enough for the longest prompt and for all decodes."""
+    return config.max_num_batched_tokens or max(max_model_len, max_num_seqs, _DEFAULT_NUM_BATCHED_TOKENS)
 
 
 def available_memory(device: torch.device) -> int:

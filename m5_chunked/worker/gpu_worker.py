@@ -71,8 +71,7 @@ class GPUWorker:
             max_model_len=self.max_model_len,
             attention_backend=self.backend.name,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens
-            or default_num_batched_tokens(config, self.max_model_len, max_num_seqs),
+            max_num_batched_tokens=resolve_num_batched_tokens(config, self.max_model_len, max_num_seqs),
             max_chunk_size=config.max_chunk_size or _DEFAULT_CHUNK_SIZE,
             block_size=self.block_size,
             num_kv_blocks=num_blocks,
@@ -150,7 +149,7 @@ class GPUWorker:
         if config.num_kv_blocks is not None:
             return available
         if self.device.type == "cuda":
-            num_tokens = config.max_num_batched_tokens or default_num_batched_tokens(config, longest, max_num_seqs)
+            num_tokens = resolve_num_batched_tokens(config, longest, max_num_seqs)
             peak = self._profile_activations(num_tokens, longest, max_num_seqs)
             peak += self._profile_cuda_graphs(config, max_num_seqs, longest)
             free, total = torch.cuda.mem_get_info(self.device)
@@ -242,10 +241,13 @@ def kv_bytes_per_token(layers: list[Attention], dtype: torch.dtype) -> int:
     return sum(2 * layer.num_kv_heads * layer.head_dim * dtype.itemsize for layer in layers)
 
 
-def default_num_batched_tokens(config: EngineConfig, max_model_len: int, max_num_seqs: int) -> int:
-    """Tokens of a step, unless told otherwise; without chunks the longest prompt must fit."""
+def resolve_num_batched_tokens(config: EngineConfig, max_model_len: int, max_num_seqs: int) -> int:
+    """Most tokens in a step: what was asked for, and otherwise enough for all decodes.
+
+    Without chunks also for the longest prompt.
+    """
     longest_chunk = 0 if config.enable_chunked_prefill else max_model_len
-    return max(longest_chunk, max_num_seqs, _DEFAULT_NUM_BATCHED_TOKENS)
+    return config.max_num_batched_tokens or max(longest_chunk, max_num_seqs, _DEFAULT_NUM_BATCHED_TOKENS)
 
 
 def available_memory(device: torch.device) -> int:

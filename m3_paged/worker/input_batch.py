@@ -90,9 +90,9 @@ class InputBatch:
         )
         return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(positions).to(self.device), metadata
 
-    def sampling_metadata(self, seqs: list[Sequence], seq_lens: torch.Tensor) -> SamplingMetadata:
+    def sampling_metadata(self, seqs: list[Sequence], positions: torch.Tensor) -> SamplingMetadata:
         """What the next tokens are drawn with. While the batch stays the same, only the positions are new."""
         if self._sampling is None or seqs != self._sampled_seqs:
             self._sampling = SamplingMetadata.from_sequences(seqs, self.vocab_size, self.device)
             self._sampled_seqs = seqs
-        return replace(self._sampling, positions=seq_lens.long())
+        return replace(self._sampling, positions=positions)

@@ -35,6 +35,6 @@ class ModelRunner:
         input_ids, positions, metadata = self.input_batch.prepare_inputs(scheduled)
         hidden = self.model(input_ids, positions, metadata)
         logits = self.model.compute_logits(hidden[metadata.query_start_loc[1:] - 1])  # [N, V]: each one's last row
-        sampled = self.sampler(logits, self.input_batch.sampling_metadata(scheduled.seqs, metadata.seq_lens))
+        sampled = self.sampler(logits, self.input_batch.sampling_metadata(scheduled.seqs, metadata.seq_lens.long()))
         logprobs = sampled.logprobs.tolists() if sampled.logprobs else {}
         return ModelRunnerOutput(sampled.token_ids.tolist(), logprobs, sampled.errors)

@@ -62,8 +62,15 @@ class InputBatch:
                 self.block_table[self.rows[seq.seq_id], known:num_blocks] = seq.block_table[known:]
                 self.num_blocks[seq.seq_id] = num_blocks
 
-    def prepare_inputs(self, scheduled: SchedulerOutput) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
-        """What the model runs on: input_ids int64 [T], positions int64 [T], and how they divide into sequences."""
+    def prepare_inputs(
+        self, scheduled: SchedulerOutput
+    ) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor, torch.Tensor]:
+        """What the model runs on.
+
+        Returns:
+            input_ids int64 [T], positions int64 [T], how they divide into sequences, and of each sequence, int64 [N]:
+            the row after which its next token is drawn, and that token's position.
+        """
         query_lens = np.array([scheduled.num_scheduled_tokens[seq.seq_id] for seq in scheduled.seqs])  # [N]
         seq_lens = np.array([seq.num_computed_tokens for seq in scheduled.seqs])  # [N]
         query_start_loc = np.concatenate([[0], query_lens.cumsum()])  # [N + 1]
@@ -80,18 +87,19 @@ class InputBatch:
         slot_mapping = compute_slot_mapping(
             torch.from_numpy(block_table), torch.from_numpy(seq_index), torch.from_numpy(positions), self.block_size
         )
+        samples = query_start_loc[1:] - 1, seq_lens
         ends = query_start_loc.astype(np.int32), seq_lens.astype(np.int32)
-        sent = self._to_device(input_ids, positions, slot_mapping.numpy(), *ends, block_table)
+        sent = self._to_device(input_ids, positions, slot_mapping.numpy(), *samples, *ends, block_table)
         metadata = AttentionMetadata(
-            query_start_loc=sent[3],
-            seq_lens=sent[4],
+            query_start_loc=sent[5],
+            seq_lens=sent[6],
             max_query_len=int(query_lens.max()),
             max_seq_len=int(seq_lens.max()),
             slot_mapping=sent[2],
-            block_table=sent[5],
+            block_table=sent[7],
             block_size=self.block_size,
         )
-        return sent[0], sent[1], metadata
+        return sent[0], sent[1], metadata, sent[3], sent[4]
 
     def _to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
         """The arrays in one copy, for which nobody waits here: it is done before the step's tokens are."""
@@ -103,9 +111,9 @@ class InputBatch:
         parts = packed.split([array.nbytes for array in arrays])
         return [p.view(torch.from_numpy(a).dtype).view(a.shape) for p, a in zip(parts, arrays, strict=True)]
 
-    def sampling_metadata(self, seqs: list[Sequence], seq_lens: torch.Tensor) -> SamplingMetadata:
+    def sampling_metadata(self, seqs: list[Sequence], positions: torch.Tensor) -> SamplingMetadata:
         """What the next tokens are drawn with. While the batch stays the same, only the positions are new."""
         if self._sampling is None or seqs != self._sampled_seqs:
             self._sampling = SamplingMetadata.from_sequences(seqs, self.vocab_size, self.device)
             self._sampled_seqs = seqs
-        return replace(self._sampling, positions=seq_lens.long())
+        return replace(self._sampling, positions=positions)

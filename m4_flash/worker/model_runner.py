@@ -41,14 +41,14 @@ class ModelRunner:
         if scheduled.block_copies:
             copy_blocks(self.kv_caches, scheduled.block_copies, self.input_batch.block_size)
         self.input_batch.update(scheduled)
-        input_ids, positions, metadata = self.input_batch.prepare_inputs(scheduled)
+        input_ids, positions, metadata, logits_indices, sample_positions = self.input_batch.prepare_inputs(scheduled)
         # Before the forward pass: what is sent to a device that is busy waits for it.
-        sampling = self.input_batch.sampling_metadata(scheduled.seqs, metadata.seq_lens)
+        sampling = self.input_batch.sampling_metadata(scheduled.seqs, sample_positions)
         if self.cuda_graphs is not None and self.cuda_graphs.can_run(metadata):
             hidden = self.cuda_graphs.replay(input_ids, positions, metadata)
         else:
             hidden = self.model(input_ids, positions, metadata)
-        logits = self.model.compute_logits(hidden[metadata.query_start_loc[1:] - 1])  # [N, V]: each one's last row
+        logits = self.model.compute_logits(hidden[logits_indices])  # [N, V]
         sampled = self.sampler(logits, sampling)
         logprobs = sampled.logprobs.tolists() if sampled.logprobs else {}
         return ModelRunnerOutput(sampled.token_ids.tolist(), logprobs, sampled.errors)

@@ -68,8 +68,8 @@ class InputBatch:
         """What the model runs on.
 
         Returns:
-            input_ids int64 [T], positions int64 [T], how they divide into sequences, and of the S sequences that get a
-            token, int64 [S] each: the row after which it is drawn, and its position.
+            input_ids int64 [T], positions int64 [T], how they divide into sequences, and of each sequence that gets a
+            token, int64 [S]: the row after which it is drawn, and that token's position.
         """
         query_lens = np.array([scheduled.num_scheduled_tokens[seq.seq_id] for seq in scheduled.seqs])  # [N]
         seq_lens = np.array([seq.num_computed_tokens for seq in scheduled.seqs])  # [N]
@@ -87,11 +87,9 @@ class InputBatch:
         slot_mapping = compute_slot_mapping(
             torch.from_numpy(block_table), torch.from_numpy(seq_index), torch.from_numpy(positions), self.block_size
         )
-        num_tokens = np.array([seq.num_tokens for seq in scheduled.seqs])  # [N]
-        is_sampled = seq_lens == num_tokens
-        logits_indices = query_start_loc[1:][is_sampled] - 1  # [S]
+        is_sampled = seq_lens == np.array([seq.num_tokens for seq in scheduled.seqs])  # [N]: nothing is left to compute
+        samples = query_start_loc[1:][is_sampled] - 1, seq_lens[is_sampled]
         ends = query_start_loc.astype(np.int32), seq_lens.astype(np.int32)
-        samples = logits_indices, num_tokens[is_sampled]
         sent = self._to_device(input_ids, positions, slot_mapping.numpy(), *samples, *ends, block_table)
         metadata = AttentionMetadata(
             query_start_loc=sent[5],

@@ -128,10 +128,13 @@ def test_flattening(parts: list[Part], block_size: int, order: list[int], flip: 
     assert [x.dtype for x in (input_ids, positions, metadata.slot_mapping)] == [torch.int64] * 3
     int32 = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table)
     assert [x.dtype for x in int32] == [torch.int32] * 3
-    if rest:  # since m5: only whoever has nothing left gets a token, from the last of his rows
-        ends = metadata.query_start_loc.tolist()[1:]
-        assert rest[0].tolist() == [end - 1 for end, (_, part) in zip(ends, pairs, strict=True) if part.later == 0]
-        assert rest[0].dtype == torch.int64
+    if rest:  # since m4: a token is drawn after the last row of each; with chunks only of whoever has nothing left
+        has_chunks = "enable_chunked_prefill" in stage.EngineConfig.__annotations__
+        ends = zip(metadata.query_start_loc.tolist()[1:], pairs, strict=True)
+        sampled = [(end, part) for end, (_, part) in ends if part.later == 0 or not has_chunks]
+        assert rest[0].tolist() == [end - 1 for end, _ in sampled]
+        assert rest[1].tolist() == [part.length for _, part in sampled]
+        assert rest[0].dtype == rest[1].dtype == torch.int64
 
 
 def test_two_rows_of_a_large_cache(stage: ModuleType) -> None:
@@ -273,11 +276,7 @@ def test_a_departure_may_be_told_twice_or_be_of_a_stranger(stage: ModuleType) ->
 
 def sampling(company: Company, seqs: list[Any], retired: tuple[str, ...] = ()) -> Any:
     metadata = company.run(seqs, retired)
-    has_chunks = (
-        "enable_chunked_prefill" in company.stage.EngineConfig.__annotations__
-    )  # it takes positions as they are
-    lens = metadata.seq_lens.long() if has_chunks else metadata.seq_lens
-    return company.batch.sampling_metadata(list(seqs), lens)
+    return company.batch.sampling_metadata(list(seqs), metadata.seq_lens.long())
 
 
 def tensors_of(metadata: Any) -> dict[str, int]:

@@ -9,7 +9,6 @@ found by its tokens (`prefix_cache.py`), and is held by all who have it in commo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ..metrics.stats import PrefixCacheStats
 from ..request import Sequence
@@ -140,7 +139,7 @@ class KVCacheManager:
         self.prefix_cache_stats.forget_recent()
         return True
 
-    def make_stats(self) -> dict[str, Any]:
+    def make_stats(self) -> dict[str, float]:
         """Fields of StepRecord, after a step."""
         cache, stats = self.prefix_cache, self.prefix_cache_stats
         return {

@@ -284,11 +284,11 @@ class Scheduler:
 
         That departs from vLLM, where priority orders the queue, and a running sequence keeps running.
         """
-        if not self.enable_chunked_prefill and parent is None and self._chunk_size(seq) == 0:
-            return False
         while len(self.running) >= self.max_num_seqs or not self._allocate(seq, parent):
-            if len(self.running) < self.max_num_seqs and parent is None and self._chunk_size(seq) == 0:
-                return False  # of tokens there are more in the next step
+            # With chunks, whoever leaves a row to it gives back the tokens that it was to have in this step.
+            tokens_may_come = self.enable_chunked_prefill and len(self.running) >= self.max_num_seqs
+            if parent is None and self._chunk_size(seq) == 0 and not tokens_may_come:
+                return False  # there are more in the next step
             victim = max(self.running, key=urgency, default=seq)
             if self.policy != "priority" or victim.request.priority <= seq.request.priority:
                 return False

@@ -194,7 +194,7 @@ class OutputProcessor:
             del self._outputs[seq.request_id]
 
     def note_scheduled(self, seqs: list[Sequence], started: float) -> None:
-        """The step that began at `started` worked on these, whether or not they got a token."""
+        """The step that began at `started` worked on these."""
         for seq in seqs:
             if seq.request_id in self._outputs:
                 output = self._outputs[seq.request_id]

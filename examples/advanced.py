@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from folovllm import LLM, TINY, EngineConfig, SamplingParams
+from folovllm import LLM, TINY, EngineConfig, SamplingParams, lab
 from folovllm.quantize import quantize
 
 QUIET: dict[str, Any] = {"log_level": "WARNING"}
@@ -126,7 +126,7 @@ def engine(model: str) -> None:
         for salt in ("alice", "alice", "bob"):  # who has another salt finds nothing of yours
             (output,) = llm.generate(STORY, params, cache_salt=salt, use_tqdm=False)
             print(f"{salt}: {output.num_cached_tokens} of {len(output.prompt_token_ids)} tokens found")
-        print("cache:", llm.engine.core.scheduler.kv_cache_manager.render_prefix_cache().splitlines()[0])
+        print("cache:", lab.render_prefix_cache(llm.engine.core.scheduler.kv_cache_manager).splitlines()[0])
         print("forgotten:", llm.reset_prefix_cache())
 
 

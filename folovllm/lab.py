@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -500,6 +500,43 @@ def plot_steps(steps: Sequence[Any], rows: Mapping[str, int], title: str, axes: 
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
     return axes
+
+
+def render_prefix_cache(manager: Any, to_text: Callable[[list[int]], str] | None = None) -> str:
+    """What a KVCacheManager's prefix cache holds, as a tree: how long, which tokens, who holds it, or when it will go.
+
+    Args:
+        manager: `llm.engine.core.scheduler.kv_cache_manager`, of m6 or later.
+        to_text: for example a tokenizer's `decode`; None: the token ids are shown.
+    """
+    cache = manager.prefix_cache
+    if cache is None:
+        return "no prefix cache"
+    free_blocks = manager.block_pool.free_block_queue.get_all_free_blocks()
+    cached_and_free = [block.block_id for block in free_blocks if block.block_hash is not None]
+    place = {block_id: i for i, block_id in enumerate(cached_and_free)}
+    lines = [f"prefix cache: {len(cache)} blocks of {cache.block_size} tokens"]
+    stack = [(node, "", i == 0) for i, node in enumerate(reversed(cache.as_tree()))]
+    while stack:
+        node, indent, is_last = stack.pop()
+        if node.ref_cnt > 0:
+            state = f"held by {node.ref_cnt}"
+        else:
+            state = f"free, {min(place.get(block_id, 0) for block_id in node.block_ids)} go before it"
+        tokens = ("… " if node.is_orphan else "") + _abbreviate(node.token_ids, to_text)
+        lines.append(f"{indent}{'└─' if is_last else '├─'} {len(node.block_ids)} × [{tokens}] {state}")
+        indent += "   " if is_last else "│  "
+        stack += [(child, indent, i == 0) for i, child in enumerate(reversed(node.children))]
+    return "\n".join(lines)
+
+
+def _abbreviate(token_ids: list[int], to_text: Callable[[list[int]], str] | None) -> str:
+    """At most about 40 characters: the beginning and the end."""
+    if to_text is None:
+        words = [str(token) for token in token_ids]
+        return " ".join(words if len(words) <= 8 else [*words[:5], "…", *words[-2:]])
+    text = repr(to_text(token_ids))[1:-1]
+    return text if len(text) <= 40 else f"{text[:24]} … {text[-13:]}"
 
 
 def bars(values: Mapping[str, float], title: str, unit: str, number: str = ",.1f") -> Any:

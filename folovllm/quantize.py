@@ -84,7 +84,7 @@ def quantize(
         damping: added to the Hessian's diagonal, as a share of its mean.
         seed: of the sampled text, or of the choice of windows.
         stage: which stage computes; None: FOLOVLLM_STAGE, or the newest.
-        **options: of the engine (`EngineConfig`); dtype is float32 unless given.
+        **options: of the engine (`EngineConfig`); dtype is float32 and gpu_memory_utilization 0.5 unless given.
 
     Raises:
         ValueError: something that cannot be quantised so, or a place that is taken.
@@ -101,7 +101,9 @@ def quantize(
         raise ValueError(f"{out} is there already; name another folder, or remove it")
     if loader.resolve_quantization(folder, loader.load_hf_config(folder), None, "auto"):
         raise ValueError(f"the checkpoint in {folder} is quantised already; use the original one")
-    with import_stage(stage).LLM(folder, **{"dtype": "float32", "enforce_eager": True, **options}) as llm:
+    # On a GPU, half of the memory is left for Hessians and their inverses.
+    defaults = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.5}
+    with import_stage(stage).LLM(folder, **{**defaults, **options}) as llm:
         samples, held_out = _choose_samples(llm, calibration, num_samples, check_window(llm, sample_length), seed)
         before, _ = perplexity(llm.model, held_out.flatten(), held_out.shape[1])
         tensors, errors = quantizer.quantize_layers(llm.model, samples, config, method, damping, use_tqdm)

@@ -75,7 +75,7 @@ def quantize_layers(
     linears = {f"model.{path}": m for path, m in model.model.named_modules() if isinstance(m, Linear)}
     for path, linear in linears.items():
         try:
-            config.checkpoint_tensors(linear.in_features, linear.output_sizes, torch.float16)
+            config.tensor_shapes(linear.in_features, linear.output_sizes, torch.float16)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
     tensors: dict[str, torch.Tensor] = {}
@@ -150,7 +150,7 @@ def find_grid(weight: torch.Tensor, config: QuantizationConfig) -> tuple[torch.T
     if config.sym:
         high = torch.maximum(-low, high)
         low = -high
-    smallest = torch.finfo(torch.float16).tiny
+    smallest = torch.finfo(torch.float16).tiny  # below it float16 rounds so coarsely that the grid would not cover
     scale = ((high - low) / most).clamp(min=smallest).half().float()
     zero = torch.full_like(scale, 2 ** (config.bits - 1)) if config.sym else (-low / scale).round().clamp(0, most)
     return scale, zero
@@ -185,9 +185,8 @@ def gptq(
     inverse = _inverse_factor(hessian[order][:, order], damping)
     weight, codes = weight[:, order], torch.empty_like(weight)
     group_size = num_inputs // config.num_groups(num_inputs)
-    block_size = max(_BLOCK // group_size, 1) * group_size  # a group's grid needs inputs that are up to date
-    if group_size % _BLOCK == 0:
-        block_size = _BLOCK
+    # A group's grid is found when it begins, and needs inputs that are up to date.
+    block_size = _BLOCK if group_size % _BLOCK == 0 else max(_BLOCK // group_size, 1) * group_size
     scales, zeros = [], []
     for start in range(0, num_inputs, block_size):
         stop = min(start + block_size, num_inputs)
@@ -210,9 +209,9 @@ def gptq(
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """The upper Cholesky factor of the inverse: row i says how later inputs make up for an error of input i."""
-    diagonal = hessian.diag()
-    hessian = hessian + torch.diag(torch.where(diagonal == 0, diagonal.mean().clamp(min=1e-12), 0.0))  # never active
-    damped = hessian + damping * diagonal.mean().clamp(min=1e-12) * torch.eye(len(hessian), device=hessian.device)
+    mean = hessian.diag().mean().clamp(min=1e-12)
+    # An input that was never active costs nothing, whatever its weight becomes; any positive moment will do.
+    damped = hessian + torch.diag(torch.where(hessian.diag() == 0, mean, 0.0) + damping * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
     return torch.linalg.cholesky(inverse, upper=True).to(hessian.dtype)
 

@@ -41,6 +41,8 @@ SHAPES = {"cpu": "Qwen3-0.6B", "cuda": "Qwen3-0.6B,Qwen3-4B,Llama-2-7B"}
 GROUP_SIZES = (32, 64, 128, -1)
 SCALE_BYTES = 2
 DUMMY_GROUP = 128  # what random quantised weights have
+FORMATS = "4/32,4/64,4/128,4/128/act,8/128"  # of the products of one layer
+FORMAT_ROWS = (1, 8, 64)
 COLD_BYTES = 2**28  # weights that take turns: several times what a GPU's cache holds
 COPY_REPEATS = 30
 REPLAYS = 7
@@ -420,7 +422,7 @@ def decode_figures(num_seqs: int, bf16: Sequence[float], gptq: Sequence[float], 
 
 
 def measure_kernels(stage: ModuleType, shapes: Sequence[str], batches: Sequence[int]) -> dict[str, Any]:
-    """Every layer of every shape at every number of rows: 4 bits, groups of 128."""
+    """Every layer of every shape at every number of rows, at 4 bits and groups of 128; the last one's qkv in others."""
     quantization = stage_part(stage, "model_executor.layers.quantization")
     copied = copy_gb_per_s(COPY_REPEATS)
     torch.cuda.empty_cache()
@@ -433,6 +435,16 @@ def measure_kernels(stage: ModuleType, shapes: Sequence[str], batches: Sequence[
             for num_rows in batches:
                 found = kernel_figures(timed.num_bytes, copied, *timed.seconds(num_rows))
                 rows.append({"shape": shape, "layer": layer, "k": k, "n": n, "rows": num_rows, **found})
+    k, n = next(iter(layer_shapes(read_config(shapes[-1])).values()))
+    formats = []
+    for text in FORMATS.split(","):
+        config = parse_config(text)
+        timed = Products(stage, *random_weight(quantization, k, n, *config))
+        for num_rows in FORMAT_ROWS:
+            found = kernel_figures(timed.num_bytes, copied, *timed.seconds(num_rows))
+            formats.append(
+                {"bits": config[0], "group_size": config[1], "act_order": config[2], "rows": num_rows, **found}
+            )
     return {
         "dtype": "bfloat16",
         "bits": 4,
@@ -441,19 +453,29 @@ def measure_kernels(stage: ModuleType, shapes: Sequence[str], batches: Sequence[
         "max_fused_rows": quantization.quantized_matmul.MAX_ROWS,
         "largest_relative_deviation": float(f"{deviation:.2g}"),
         "rows": rows,
+        "formats": {"shape": shapes[-1], "k": k, "n": n, "rows": formats},
     }
 
 
-def random_weight(quantization: ModuleType, num_inputs: int, num_outputs: int) -> tuple[Any, torch.Tensor]:
+def random_weight(
+    quantization: ModuleType,
+    num_inputs: int,
+    num_outputs: int,
+    bits: int = 4,
+    group_size: int = DUMMY_GROUP,
+    act_order: bool = False,
+) -> tuple[Any, torch.Tensor]:
     """Random codes, scales and zero points in the form that the kernels read, and what they stand for: float32."""
     generator = torch.Generator("cuda").manual_seed(0)
-    num_groups = num_inputs // DUMMY_GROUP
+    num_groups = num_inputs // group_size
     options: dict[str, Any] = {"device": "cuda", "generator": generator}
-    codes = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8, **options)
-    zeros = torch.randint(0, 16, (num_outputs, num_groups), dtype=torch.uint8, **options)
-    scales = (torch.rand(num_outputs, num_groups, **options) * 0.01 + 0.001).half()
-    dense = codes.float().unflatten(1, (num_groups, -1)).sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
-    return quantization.PackedWeight(codes, zeros, scales, None, 4), dense
+    codes = torch.randint(0, 2**bits, (num_outputs, num_inputs), dtype=torch.uint8, **options)
+    zeros = torch.randint(0, 2**bits, (num_groups, num_outputs), dtype=torch.uint8, **options)
+    scales = (torch.rand(num_groups, num_outputs, **options) * 0.01 + 0.001).half()
+    dense = codes.float().unflatten(1, (num_groups, -1)).sub_(zeros.T[..., None]).mul_(scales.T[..., None]).flatten(1)
+    order = torch.randperm(num_inputs, **options) if act_order else None
+    weight = quantization.PackedWeight(codes, quantization.pack(zeros, bits, dim=1), scales, order, bits)
+    return weight, weight.dequantize(torch.float32) if act_order else dense
 
 
 class Products:
@@ -474,19 +496,23 @@ class Products:
         for num_rows in (1, 2, 16, 33):
             x = torch.randn(num_rows, self.dense.shape[1], device="cuda", dtype=torch.bfloat16)
             expected = x.double() @ self.dense.double().T
-            found = self.kernels.matmul(x, self.packed[0], None).double()
+            found = self.packed[0](x, None).double()
             worst = max(worst, ((found - expected).abs().max() / expected.abs().max()).item())
         return worst
 
     def seconds(self, num_rows: int) -> tuple[float | None, float | None, float]:
         """(unpacked in registers, unpacked to memory and multiplied, the product in bfloat16); None: not timed."""
         x = torch.randn(num_rows, self.dense.shape[1], device="cuda", dtype=torch.bfloat16)
+
+        def sorted_x(weight: Any) -> torch.Tensor:  # what act-order costs, as in QuantizedWeight.forward
+            return x if weight.order is None else x[:, weight.order]
+
         fused = unpacked = None
         if num_rows <= 2 * self.kernels.MAX_ROWS:
-            fused = graph_seconds(lambda weight: self.kernels.matmul(x, weight, None), self.packed)
+            fused = graph_seconds(lambda weight: self.kernels.matmul(sorted_x(weight), weight, None), self.packed)
         if num_rows >= BOTH_PATHS:
             unpacked = graph_seconds(
-                lambda weight: F.linear(x, self.kernels.dequantize(weight, x.dtype)), self.packed[:20]
+                lambda weight: F.linear(sorted_x(weight), self.kernels.dequantize(weight, x.dtype)), self.packed[:20]
             )
         if num_rows == 1:
             return fused, unpacked, graph_seconds(lambda matrix: self.matvec(x, matrix, None), self.matrices)
@@ -579,6 +605,15 @@ def show(figures: dict[str, Any]) -> None:
                 row["shape"], row["layer"], str(row["k"]), str(row["n"]), str(row["rows"]),
                 *("–" if found is None else f"{found:,.1f}" for found in times),
                 "–" if share is None else f"{share:.2f}", f"{row['speed_up']:.2f}",
+            )  # fmt: skip
+        console.print(table)
+        formats = kernels["formats"]
+        console.print(f"{formats['shape']}, {formats['k']} x {formats['n']}, in other formats")
+        table = Table("bits", "group", "act-order", "rows", "fused", "share of the copy", "speed-up")
+        for row in formats["rows"]:
+            table.add_row(
+                str(row["bits"]), str(row["group_size"]), "yes" if row["act_order"] else "no", str(row["rows"]),
+                f"{row['fused_us']:,.1f}", f"{row['share_of_copy']:.2f}", f"{row['speed_up']:.2f}",
             )  # fmt: skip
         console.print(table)
         console.print(f"largest deviation, relative: {kernels['largest_relative_deviation']:.1e}")

@@ -8,7 +8,7 @@ found by its tokens (`prefix_cache.py`), and is held by all who have it in commo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ..metrics.stats import PrefixCacheStats
 from ..request import Sequence
@@ -150,12 +150,6 @@ class KVCacheManager:
             "prefix_cache_hits": stats.hits,
             "prefix_cache_hit_rate": stats.hit_rate,
         }
-
-    def render_prefix_cache(self, to_text: Callable[[list[int]], str] | None = None) -> str:
-        """The cached prefixes as a tree of text; see `PrefixCache.render_tree`."""
-        if self.prefix_cache is None:
-            return "no prefix cache"
-        return self.prefix_cache.render_tree(self.block_pool.free_block_queue.get_all_free_blocks(), to_text)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """`child` holds the blocks of the prompt that `parent` has, or will have, computed.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -186,32 +186,6 @@ class PrefixCache:
             to_join += node.children
         return roots
 
-    def render_tree(
-        self, free_blocks: Iterable[KVCacheBlock] = (), to_text: Callable[[list[int]], str] | None = None
-    ) -> str:
-        """The same as text, a line a node: how long, which tokens, who holds it, or when it will go.
-
-        Args:
-            free_blocks: all free blocks of the pool, the next to be used for something else first.
-            to_text: for example a tokenizer's `decode`; None: the token ids are shown.
-        """
-        cached_and_free = [block.block_id for block in free_blocks if block.block_hash is not None]
-        place = {block_id: i for i, block_id in enumerate(cached_and_free)}
-        lines = [f"prefix cache: {len(self)} blocks of {self.block_size} tokens"]
-        stack = [(node, "", i == 0) for i, node in enumerate(reversed(self.as_tree()))]
-        while stack:
-            node, indent, is_last = stack.pop()
-            if node.ref_cnt > 0:
-                state = f"held by {node.ref_cnt}"
-            else:
-                state = f"free, {min(place.get(block_id, 0) for block_id in node.block_ids)} go before it"
-            orphan = "… " if node.is_orphan else ""
-            tokens = orphan + abbreviate(node.token_ids, to_text)
-            lines.append(f"{indent}{'└─' if is_last else '├─'} {len(node.block_ids)} × [{tokens}] {state}")
-            indent += "   " if is_last else "│  "
-            stack += [(child, indent, i == 0) for i, child in enumerate(reversed(node.children))]
-        return "\n".join(lines)
-
 
 def root_hash(cache_salt: str | None) -> bytes:
     """What stands for the block before the first one. Different salts share nothing."""
@@ -250,12 +224,3 @@ def num_equal_tokens(a: Iterable[int], b: Iterable[int]) -> int:
             break
         num += 1
     return num
-
-
-def abbreviate(token_ids: list[int], to_text: Callable[[list[int]], str] | None) -> str:
-    """At most about 40 characters: the beginning and the end."""
-    if to_text is None:
-        words = [str(token) for token in token_ids]
-        return " ".join(words if len(words) <= 8 else [*words[:5], "…", *words[-2:]])
-    text = repr(to_text(token_ids))[1:-1]
-    return text if len(text) <= 40 else f"{text[:24]} … {text[-13:]}"

@@ -123,7 +123,7 @@ def load_model(
     finally:
         torch.set_default_dtype(default_dtype)
     if quantization_config is not None:
-        make_room(model, quantization_config, None if load_format == "dummy" else read_dtypes(folder))
+        create_quantized_weights(model, quantization_config, None if load_format == "dummy" else read_dtypes(folder))
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     model.eval().requires_grad_(False)
     if load_format == "dummy":
@@ -134,8 +134,7 @@ def load_model(
     params = list(model.parameters())
     quantized = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     packed = [p for weight in quantized for p in weight.parameters()]
-    num_params = sum(p.numel() for p in params) - sum(p.numel() for p in packed)
-    num_params += sum(weight.in_features * weight.out_features for weight in quantized)
+    num_params = sum(p.numel() for p in params) + sum(w.num_weights for w in quantized) - sum(p.numel() for p in packed)
     logger.info(
         "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
         type(model).__name__,
@@ -149,6 +148,10 @@ def load_model(
         total, packed_bytes = (sum(p.nbytes for p in group) / 2**20 for group in (params, packed))
         bits = quantization_config.bits
         logger.info("weights: %.0f MiB, of which %d-bit %.0f MiB", total, bits, packed_bytes)
+        if params[0].is_cuda and not all(weight.has_kernels(dtype) for weight in quantized):
+            logger.warning(
+                "every step unpacks whole weights: kernels take float16 and bfloat16, and groups of 32, 64 or 128"
+            )
     return model
 
 
@@ -176,7 +179,9 @@ def resolve_quantization(
     return None
 
 
-def make_room(model: LlamaForCausalLM, config: QuantizationConfig, dtypes: dict[str, torch.dtype] | None) -> None:
+def create_quantized_weights(
+    model: LlamaForCausalLM, config: QuantizationConfig, dtypes: dict[str, torch.dtype] | None
+) -> None:
     """Make room for quantised weights in every layer that the checkpoint has them of.
 
     Args:
@@ -199,7 +204,7 @@ def make_room(model: LlamaForCausalLM, config: QuantizationConfig, dtypes: dict[
         if all(quantized):
             found = True
             try:
-                module.quantize(config, (dtypes or {}).get(f"{names[0]}.scales", torch.float16))
+                module.create_quantized_weights(config, (dtypes or {}).get(f"{names[0]}.scales", torch.float16))
             except ValueError as error:
                 raise ValueError(f"{path} {error}") from error
     if not found:

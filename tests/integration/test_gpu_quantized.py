@@ -188,5 +188,7 @@ def test_quantising_on_a_gpu(stage: ModuleType, made: Callable[[str], Checkpoint
     assert len(errors) == 8
     assert all(tensor.device.type == "cpu" for tensor in tensors.values())
     for path in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
-        leaves = [tensors[f"{path}.{leaf}"] for leaf in ("qweight", "qzeros", "scales", "g_idx")]
-        assert torch.equal(quantization.dequantize(*leaves, config), fitted[f"{path}.weight"]), path
+        leaves = {leaf: tensors[f"{path}.{leaf}"] for leaf in quantization.CHECKPOINT_TENSORS}
+        leaves["g_idx"] = leaves["g_idx"][None]  # of the one matrix
+        weight = quantization.build_weight(config, leaves, torch.float32)
+        assert torch.equal(weight.dequantize(torch.float32), fitted[f"{path}.weight"]), path

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from folovllm import lab
+
 from ..conftest import submodule
 from ..property.test_scheduler import Drive, ids, make_scheduler
 
@@ -254,7 +256,7 @@ def test_switched_off(stage: ModuleType) -> None:
     assert m.admit([1] * 5) is None
     stats = m.manager.make_stats()
     assert (stats["prefix_cache_queries"], stats["kv_slots_cached"], stats["prefix_cache_hit_rate"]) == (0, 0, 0.0)
-    assert m.manager.render_prefix_cache() == "no prefix cache"
+    assert lab.render_prefix_cache(m.manager) == "no prefix cache"
 
 
 def test_salts(stage: ModuleType) -> None:
@@ -550,7 +552,7 @@ def test_the_tree(stage: ModuleType) -> None:
         ([5, 6], 1, False),
         ([7, 8], 1, False),
     ]
-    text = m.manager.render_prefix_cache().splitlines()
+    text = lab.render_prefix_cache(m.manager).splitlines()
     assert text == [
         "prefix cache: 4 blocks of 2 tokens",
         "└─ 2 × [1 2 3 4] held by 2",
@@ -559,14 +561,14 @@ def test_the_tree(stage: ModuleType) -> None:
     ]
     m.manager.free(a)
     m.manager.free(b)
-    assert m.manager.render_prefix_cache(lambda ids: "".join(map(str, ids))).splitlines()[1:] == [
+    assert lab.render_prefix_cache(m.manager, lambda ids: "".join(map(str, ids))).splitlines()[1:] == [
         "└─ 2 × [1234] free, 2 go before it",
         "   ├─ 1 × [56] free, 0 go before it",
         "   └─ 1 × [78] free, 1 go before it",
     ]
     m.cache.evict(m.pool.blocks[0])
     assert [node.is_orphan for node in m.cache.as_tree()] == [True]
-    assert "… 3 4" in m.manager.render_prefix_cache()
+    assert "… 3 4" in lab.render_prefix_cache(m.manager)
 
 
 def test_the_tree_parts_where_others_hold_the_blocks(stage: ModuleType) -> None:
@@ -576,7 +578,7 @@ def test_the_tree_parts_where_others_hold_the_blocks(stage: ModuleType) -> None:
     m.admit([1, 2, 3, 4, 9])
     m.admit([1, 2, 7])
     m.manager.free(c)
-    assert m.manager.render_prefix_cache().splitlines()[1:] == [
+    assert lab.render_prefix_cache(m.manager).splitlines()[1:] == [
         "└─ 1 × [1 2] held by 2",
         "   └─ 1 × [3 4] held by 1",
         "      └─ 1 × [5 6] free, 0 go before it",

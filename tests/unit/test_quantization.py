@@ -73,7 +73,7 @@ def load_layer(
     else:
         layer = linears.Linear(in_features, sizes[0], bias=bias is not None)
     config = scheme.config(submodule(stage, "model_executor.layers.quantization"))
-    layer.quantize(config, scheme.scales_dtype)
+    layer.create_quantized_weights(config, scheme.scales_dtype)
     layer.requires_grad_(False)
     for number, matrix in enumerate(matrices):
         for leaf in LEAVES:
@@ -192,18 +192,6 @@ def test_the_formats_of_zero_points_in_hexadecimal(quantization: ModuleType) -> 
     config = quantization.QuantizationConfig()
     word = quantization.write_zeros(torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0]]), config)
     assert word.item() % 2**32 == (0x10 - 0x11111111) % 2**32
-
-
-@given(stack=stacks(largest=1), has_g_idx=st.booleans())
-def test_dequantised_tensors_of_a_file(stack: list[Matrix], has_g_idx: bool, quantization: ModuleType) -> None:
-    (matrix,) = stack
-    tensors = matrix.tensors()
-    g_idx = tensors["g_idx"] if has_g_idx or matrix.scheme.desc_act else None
-    weight = quantization.dequantize(
-        tensors["qweight"], tensors["qzeros"], tensors["scales"], g_idx, matrix.scheme.config(quantization)
-    )
-    assert weight.dtype == torch.float32 and weight.is_contiguous()
-    assert torch.equal(weight, matrix.weight())
 
 
 # ---------------------------------------------------------------------- layers
@@ -507,6 +495,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a format of a kernel": ({"checkpoint_format": "marlin"}, "'marlin' is not supported; supported are gptq, gptq_v2"),
     "no group at all": ({"group_size": 0}, "group_size must be .*got 0"),
     "a group of -2": ({"group_size": -2}, "group_size must be .*got -2"),
+    "an order that is a word": ({"desc_act": "false"}, "desc_act must be true or false, got 'false'"),
+    "symmetry that is a number": ({"sym": 1}, "sym must be true or false, got 1"),
     "a group size that is a word": ({"group_size": "128"}, "group_size must be .*got '128'"),
 }
 
@@ -584,7 +574,8 @@ def test_bytes_of_a_layer(
     scheme = Scheme(bits, group_size, desc_act)
     stack = [make_matrix(scheme, 64, 256, seed=1)]
     layer = load_layer(stage, stack, dtype)
-    taken = sum(tensor.nbytes for tensor in [*layer.parameters(), *layer.buffers()])
+    taken = sum(tensor.nbytes for tensor in layer.parameters())
+    assert sum(tensor.nbytes for tensor in layer.buffers()) <= 8  # numbers that kernels count with
     # With one group there is no order to speak of.
     by_hand = Scheme(bits, group_size, desc_act and group_size != -1)
     assert taken == bytes_by_hand(by_hand, 64, 256, uses_int4_kernel(layer, quantization))
@@ -602,7 +593,7 @@ def test_bytes_at_the_size_of_a_real_model(stage: ModuleType, quantization: Modu
         model = submodule(stage, "model_executor.models").get_model_class(hf_config.architectures)(hf_config)
     before = {path: module for path, module in model.named_modules() if isinstance(module, linears.Linear)}
     shapes = {path: tuple(layer.weight.shape) for path, layer in before.items()}
-    loader.make_room(model, quantization.QuantizationConfig(), None)
+    loader.create_quantized_weights(model, quantization.QuantizationConfig(), None)
     assert {path for path, layer in before.items() if layer.quantization} == set(shapes) - {"lm_head"}
     stored = sum(p.nbytes for name, p in model.named_parameters() if name.split(".")[-1] in LEAVES)
     rest = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-1] not in LEAVES)
@@ -681,5 +672,5 @@ def test_dummy_weights_of_a_config_that_says_how(stage: ModuleType, bare: Path, 
     for name, layer, _ in quantized_parts(model):
         weight = layer.quantized.dequantize(torch.float32)
         assert weight.std() == pytest.approx(0.02, rel=0.1), name
-        assert layer.quantized.scales.shape[1] == layer.in_features // 64
+        assert len(layer.quantized.scales) == layer.in_features // 64
         assert weight.unique().numel() > 2 ** (bits - 1)

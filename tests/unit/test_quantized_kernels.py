@@ -106,10 +106,11 @@ LAYOUTS = [
     (4, 128, 384),
     (4, 256, 512),
     (4, -1, 256),
+    (4, -1, 160),
     (8, 32, 96),
     (8, 64, 192),
     (8, 128, 256),
-    (8, -1, 128),
+    (8, -1, 200),
 ]
 layouts = st.sampled_from(LAYOUTS)
 dtypes = st.sampled_from([torch.float32, torch.float16])
@@ -192,21 +193,48 @@ def test_any_number_of_splits(stage: ModuleType, kernels: ModuleType, dtype: tor
     stack = [make_matrix(Scheme(group_size=128, sym=False), 16, 1152)]
     layer = packed(stage, stack, dtype, bias=bias)
     x = randn(3, 1152, dtype=dtype)
-    for num_splits in (1, 2, 3):
+    for num_splits in (1, 2, 3, 2):  # the last finds the counters as those before have left them
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "choose_num_splits", lambda *_, num=num_splits: num)
             check(kernels.matmul(x, layer.quantized, layer.bias), x, full_weight(stack), layer.bias)
+        assert not layer.quantized.arrived.any()
 
 
-@given(num_programs=st.integers(1, 3000), num_steps=st.integers(1, 500))
-def test_the_choice_of_splits(num_programs: int, num_steps: int, kernels: ModuleType) -> None:
+@interpreted
+def test_more_rows_than_are_counted(stage: ModuleType, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for more than MAX_ROWS gets a product without splits."""
+    monkeypatch.setattr(kernels, "MAX_ROWS", 3)
+    stack = [make_matrix(Scheme(sym=False), 8, 640)]
+    layer = packed(stage, stack, torch.float16)
+    assert kernels.choose_num_splits(2, 5, kernels.RESIDENT[64], CPU) > 1 == len(layer.quantized.arrived)
+    x = randn(70, 640, dtype=torch.float16)
+    check(kernels.matmul(x, layer.quantized, None), x, full_weight(stack), None)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_one_row_on_tensor_cores(
+    stage: ModuleType, kernels: ModuleType, layout: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one token meets a large matrix."""
+    bits, group_size, in_features = layout
+    stack = [make_matrix(Scheme(bits, group_size, sym=False), 24, in_features)]
+    layer = packed(stage, stack, torch.float16, bias=True)
+    monkeypatch.setattr(kernels, "MAX_MATVEC", 0)
+    x = randn(1, in_features, dtype=torch.float16)
+    check(kernels.matmul(x, layer.quantized, layer.bias), x, full_weight(stack), layer.bias)
+
+
+@given(num_programs=st.integers(1, 3000), num_steps=st.integers(1, 500), num_resident=st.integers(2, 4))
+def test_the_choice_of_splits(num_programs: int, num_steps: int, num_resident: int, kernels: ModuleType) -> None:
     """None of them is empty; never more where there are more programs, or less to do."""
-    chosen = kernels.choose_num_splits(num_programs, num_steps, CPU)
+    chosen = kernels.choose_num_splits(num_programs, num_steps, num_resident, CPU)
     assert 1 <= chosen <= num_steps
     assert (chosen - 1) * -(-num_steps // chosen) < num_steps
-    assert kernels.choose_num_splits(num_programs + 1, num_steps, CPU) <= chosen
-    assert kernels.choose_num_splits(10**6, num_steps, CPU) == 1
-    assert num_steps < 2 or kernels.choose_num_splits(1, num_steps, CPU) > 1
+    assert kernels.choose_num_splits(num_programs + 1, num_steps, num_resident, CPU) <= chosen
+    assert kernels.choose_num_splits(num_programs, num_steps, num_resident - 1, CPU) <= chosen
+    assert kernels.choose_num_splits(10**6, num_steps, num_resident, CPU) == 1
+    assert num_steps < 2 or kernels.choose_num_splits(1, num_steps, num_resident, CPU) > 1
 
 
 @interpreted
@@ -473,6 +501,29 @@ def test_recorded_products(stage: ModuleType, kernels: ModuleType, dtype: torch.
                 if num_rows <= kernels.MAX_ROWS:  # beyond, it is torch's product, which may take another way
                     assert torch.equal(played, layer(x)), num_rows
                 check(played, x, full_weight(stack), layer.bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_memory")
+def test_graphs_of_one_weight_in_turn(stage: ModuleType) -> None:
+    """Programs that share a row count those that are done; what one graph counts with, another finds at zero."""
+    stack = [make_matrix(Scheme(), 3072, 4096)]
+    layer = packed(stage, stack, torch.bfloat16, CUDA, bias=True)
+    recorded = []
+    for num_rows in (1, 2, 40, 128):
+        x = randn(num_rows, 4096, dtype=torch.bfloat16, device=CUDA)
+        expected = layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        recorded.append((graph, x, out, expected))
+    wrong = torch.zeros((), device=CUDA)
+    for _ in range(500):
+        for graph, _, out, expected in recorded:
+            graph.replay()
+            wrong += (out != expected).any()
+    assert not wrong and not layer.quantized.arrived.any()
 
 
 @pytest.mark.gpu

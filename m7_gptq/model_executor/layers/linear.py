@@ -60,13 +60,13 @@ class Linear(nn.Module):
             part = param[start:stop]
         copy_weight(part, loaded_weight)
 
-    def quantize(self, config: QuantizationConfig, scales_dtype: torch.dtype = torch.float16) -> None:
+    def create_quantized_weights(self, config: QuantizationConfig, scales_dtype: torch.dtype = torch.float16) -> None:
         """Make room for a quantised weight in place of `weight`: parameters named and shaped as in a checkpoint.
 
         Raises:
             ValueError: a matrix of this shape cannot be packed so.
         """
-        shapes = config.checkpoint_tensors(self.in_features, self.output_sizes, scales_dtype)
+        shapes = config.tensor_shapes(self.in_features, self.output_sizes, scales_dtype)
         device = self.weight.device
         del self.weight
         self.quantization = config

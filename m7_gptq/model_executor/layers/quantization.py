@@ -53,6 +53,9 @@ class QuantizationConfig:
             raise ValueError(f"weights of {self.bits!r} bits are not supported; supported are 4 and 8")
         if type(self.group_size) is not int or (self.group_size < 1 and self.group_size != -1):
             raise ValueError(f"group_size must be a positive integer, or -1 for all inputs; got {self.group_size!r}")
+        for name in ("desc_act", "sym"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.checkpoint_format not in _FORMATS:
             raise ValueError(
                 f"checkpoint_format {self.checkpoint_format!r} is not supported; supported are {', '.join(_FORMATS)}"
@@ -91,7 +94,7 @@ class QuantizationConfig:
         """int32 [K], the group of each input where they are in order."""
         return torch.arange(in_features, dtype=torch.int32) // (in_features // self.num_groups(in_features))
 
-    def checkpoint_tensors(
+    def tensor_shapes(
         self, in_features: int, output_sizes: list[int], scales_dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         """{name: (shape, dtype)} of a layer's tensors as they are loaded, the stacked matrices side by side.
@@ -116,7 +119,7 @@ class QuantizationConfig:
         }
 
     def select_shard(self, name: str, param: torch.Tensor, shard_id: int, start: int, stop: int) -> torch.Tensor:
-        """Of one of `checkpoint_tensors`, the view that holds the stacked matrix of outputs `start` to `stop`."""
+        """Of one of `tensor_shapes`, the view that holds the stacked matrix of outputs `start` to `stop`."""
         if name == "g_idx":
             return param[shard_id]
         step = self.pack_factor if name == "qzeros" else 1
@@ -147,9 +150,9 @@ def pack(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     pack_factor = 32 // bits
     if codes.shape[dim] % pack_factor:
         raise ValueError(f"{codes.shape[dim]} codes do not fill words of {pack_factor}")
-    fields = codes.int().unflatten(dim, (-1, pack_factor)).movedim(dim + 1, -1)
+    parts = codes.int().unflatten(dim, (-1, pack_factor)).movedim(dim + 1, -1)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
-    return _wrap((fields << shifts).sum(-1))
+    return _wrap((parts << shifts).sum(-1))
 
 
 def unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
@@ -180,27 +183,6 @@ def _wrap(words: torch.Tensor) -> torch.Tensor:
     return ((words + _FULL_WORD // 2) % _FULL_WORD - _FULL_WORD // 2).to(torch.int32)
 
 
-def dequantize(
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    config: QuantizationConfig,
-) -> torch.Tensor:
-    """A checkpoint's tensors -> the weight they stand for, float32 [N, K].
-
-    Args:
-        qweight: int32 [K / pack_factor, N]; qzeros: int32 [G, N / pack_factor]; scales: [G, N].
-        g_idx: int32 [K], the group of each input; None: in order.
-    """
-    codes = unpack(qweight, config.bits, dim=0)  # [K, N]
-    zeros = unpack(read_zeros(qzeros, config), config.bits, dim=1)  # [G, N]
-    if g_idx is None:
-        g_idx = torch.arange(len(codes), device=codes.device) // (len(codes) // len(zeros))
-    group = g_idx.long()
-    return (scales[group].float() * (codes.float() - zeros[group].float())).T.contiguous()
-
-
 # ------------------------------------------------------------------ what a layer holds
 
 
@@ -216,6 +198,10 @@ class QuantizedWeight(nn.Module, ABC):
     in_features: int
     order: torch.Tensor | None
 
+    @property
+    def num_weights(self) -> int:
+        return self.out_features * self.in_features
+
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [M, K] -> x W^T + b [M, N]."""
         if self.order is not None:
@@ -228,6 +214,10 @@ class QuantizedWeight(nn.Module, ABC):
         if self.order is None:
             return weight
         return torch.empty_like(weight).index_copy_(1, self.order, weight)
+
+    def has_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether few rows of `dtype` are multiplied without unpacking the whole weight first."""
+        return True
 
     @abstractmethod
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -242,45 +232,53 @@ class PackedWeight(QuantizedWeight):
     """For the Triton kernels on CUDA; elsewhere the weight is unpacked every time, which is slow and exact.
 
     Attributes:
-        qweight: int32 [N, words]; a row is cut into blocks of 128 inputs, and with W words a block, field i of word j
-            is the block's input i * W + j: neighbouring words then need neighbouring inputs.
-        qzeros: int32 [N / pack_factor, G], eight outputs (four of 8 bits) a word, so that a row's groups lie together.
-        scales: [N, G], as the checkpoint has them.
+        qweight: int32 [blocks of 128 inputs, N, W], so that what a program reads in a step lies together. Field i of
+            word j is the block's input i * W + j: neighbouring words then need neighbouring inputs.
+        qzeros, scales: int32 [G, N / pack_factor] and [G, N], as the checkpoint has them, but for a v1 file's borrow.
+        arrived: int32, programs of a product that have stored their part of a tile; zeros between products.
     """
 
+    arrived: torch.Tensor
+
     def __init__(
-        self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None, bits: int
+        self, codes: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None, bits: int
     ) -> None:
         super().__init__()
         self.bits = bits
         self.out_features, self.in_features = codes.shape
-        codes = F.pad(codes, (0, -self.in_features % BLOCK))
-        blocks = codes.view(self.out_features, -1, 32 // bits, BLOCK * bits // 32)
-        self.qweight = _frozen(pack(blocks, bits, dim=2).flatten(1))
-        self.qzeros = _frozen(pack(zeros, bits, dim=0))
-        self.scales = _frozen(scales.contiguous())
+        blocks = F.pad(codes, (0, -self.in_features % BLOCK)).view(
+            self.out_features, -1, 32 // bits, BLOCK * bits // 32
+        )
+        self.qweight = _frozen(pack(blocks, bits, dim=2).squeeze(2).transpose(0, 1).contiguous())
+        self.qzeros, self.scales = _frozen(qzeros), _frozen(scales)
         self.order = None if order is None else _frozen(order)
-
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # In float32 there are no tensor cores to use.
-        is_small = 0 < len(x) <= quantized_matmul.MAX_ROWS and x.dtype != torch.float32
-        if is_small and quantized_matmul.is_available(x, self.group_size):
-            return quantized_matmul.matmul(x.contiguous(), self, bias)
-        return F.linear(x, self.dequantize_sorted(x.dtype), bias)
+        num_tiles = quantized_matmul.max_tiles(self.out_features)
+        self.register_buffer("arrived", torch.zeros(num_tiles, dtype=torch.int32, device=codes.device))
 
     @property
     def group_size(self) -> int:
-        return self.in_features // self.scales.shape[1]
+        """One group of all inputs reaches to the end of the last block."""
+        num_groups = len(self.scales)
+        return self.in_features // num_groups if num_groups > 1 else len(self.qweight) * BLOCK
+
+    def has_kernels(self, dtype: torch.dtype) -> bool:
+        # In float32 there are no tensor cores to use.
+        return dtype != torch.float32 and quantized_matmul.is_available(self.scales, self.group_size)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if 0 < len(x) <= quantized_matmul.MAX_ROWS and self.has_kernels(x.dtype):
+            return quantized_matmul.matmul(x.contiguous(), self, bias)
+        return F.linear(x, self.dequantize_sorted(x.dtype), bias)
 
     def dequantize_sorted(self, dtype: torch.dtype) -> torch.Tensor:
         if quantized_matmul.is_available(self.scales, self.group_size):
             return quantized_matmul.dequantize(self, dtype)
-        fields = self.qweight.view(torch.uint8).view(self.out_features, -1, BLOCK * self.bits // 32, 4).transpose(2, 3)
+        fields = self.qweight.view(torch.uint8).unflatten(2, (-1, 4)).permute(1, 0, 3, 2)  # [N, blocks, bytes, words]
         if self.bits == 4:
             fields = torch.stack([fields & 15, fields >> 4], dim=3)  # [N, blocks, bytes, fields of a byte, words]
-        codes = fields.flatten(1)[:, : self.in_features].unflatten(1, (-1, self.group_size)).float()  # [N, G, group]
-        zeros = unpack(self.qzeros, self.bits, dim=0)[..., None].float()
-        return codes.sub_(zeros).mul_(self.scales[..., None].float()).flatten(1).to(dtype)
+        codes = fields.flatten(1)[:, : self.in_features].unflatten(1, (len(self.scales), -1)).float()  # [N, G, group]
+        zeros, scales = unpack(self.qzeros, self.bits, dim=1).float(), self.scales.float()
+        return codes.sub_(zeros.T[..., None]).mul_(scales.T[..., None]).flatten(1).to(dtype)
 
 
 class CPUInt4Weight(QuantizedWeight):
@@ -297,15 +295,15 @@ class CPUInt4Weight(QuantizedWeight):
     GROUP_SIZES = (256, 128, 64, 32)
 
     def __init__(
-        self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None
+        self, codes: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.shape
-        group_size = self.in_features // scales.shape[1]
+        group_size = self.in_features // len(scales)
         self.group_size = next(size for size in self.GROUP_SIZES if group_size % size == 0)
-        pairs = torch.stack([scales.float(), (8 - zeros.float()) * scales.float()], dim=-1)  # [N, G, 2]
-        pairs = pairs.repeat_interleave(group_size // self.group_size, dim=1).transpose(0, 1)
-        self.scales_and_shifts = _frozen(pairs.to(torch.bfloat16).contiguous())
+        shifts = (8 - unpack(qzeros, 4, dim=1).float()) * scales.float()
+        pairs = torch.stack([scales.float(), shifts], dim=-1).to(torch.bfloat16)  # [G, N, 2]
+        self.scales_and_shifts = _frozen(pairs.repeat_interleave(group_size // self.group_size, dim=0))
         self.packed = _frozen(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
         self.order = None if order is None else _frozen(order)
 
@@ -364,7 +362,7 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def build_weight(config: QuantizationConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> QuantizedWeight:
-    """A layer's loaded tensors (`QuantizationConfig.checkpoint_tensors`) in the form that computes best in `dtype`.
+    """A layer's loaded tensors (`QuantizationConfig.tensor_shapes`) in the form that computes best in `dtype`.
 
     Raises:
         ValueError: g_idx makes no sense, or differs between matrices that are stacked.
@@ -380,9 +378,8 @@ def build_weight(config: QuantizationConfig, tensors: dict[str, torch.Tensor], d
     codes = unpack(qweight, config.bits, dim=0)  # [K, N]
     if order is not None:
         codes = codes[order]
-    zeros = unpack(read_zeros(qzeros, config), config.bits, dim=1)  # [G, N]
-    codes, zeros, scales = codes.T.contiguous(), zeros.T.contiguous(), scales.T.contiguous()
-    group_size = codes.shape[1] // zeros.shape[1]
+    codes, qzeros = codes.T.contiguous(), read_zeros(qzeros, config)
+    group_size = codes.shape[1] // len(scales)
     if codes.device.type == "cpu" and CPUInt4Weight.can_hold(len(codes), group_size, config, dtype):
-        return CPUInt4Weight(codes, zeros, scales, order)
-    return PackedWeight(codes, zeros, scales, order, config.bits)
+        return CPUInt4Weight(codes, qzeros, scales, order)
+    return PackedWeight(codes, qzeros, scales, order, config.bits)

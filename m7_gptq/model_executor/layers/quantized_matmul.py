@@ -1,8 +1,9 @@
-"""Products with a packed weight in Triton: unpack, multiply and scale in one pass, so that only codes are read.
+"""Products with a packed weight in Triton: unpack, scale and multiply in one pass, so that only codes are read.
 
 A product with few tokens is a matter of reading the weight, if unpacking keeps up: at four bits 4 TB/s are 8 * 10**12
-weights a second, for each of which a multiprocessor has three instructions and a half. So codes become floats without a
-conversion, two at a time, in the registers that tensor cores read them from, and their scale is applied to sums. For
+weights a second, for each of which the whole GPU has about four instructions. So codes become floats without a
+conversion: they are put into the mantissa of a constant. One token and a small matrix take the ordinary cores
+(`_matvec_kernel`: the shortest way from start to end), up to MAX_ROWS tokens the tensor cores (`_matmul_kernel`). For
 many tokens the weight is unpacked to memory once (`_dequantize_kernel`) and torch's own product is best. How the weight
 lies in memory is described at `quantization.py::PackedWeight`. Sums have a fixed order: the same inputs give the same
 bits.
@@ -27,11 +28,11 @@ except ImportError:  # a CPU does without
 
 BLOCK = 128  # inputs whose codes lie together
 MAX_ROWS = 128  # of x, above which unpacking first and an ordinary product are faster
+MAX_MATVEC = 2**23  # weights, above which tensor cores are faster even for one row
 
-# Outputs a program computes, its warps, and the depth of its pipeline.
-OUTPUTS, WARPS, STAGES = 128, 4, 3
-# Programs that keep a multiprocessor reading, and the most parts that a row of the weight is cut into.
-PROGRAMS, MAX_SPLITS = 2, 16
+OUTPUTS, STAGES = 128, 3  # of a program of `_matmul_kernel`: outputs, and the depth of its pipeline
+RESIDENT = {8: 4, 16: 3, 32: 2, 64: 1}  # rows of a tile: programs for each multiprocessor
+MAX_TILE, MAX_SPLITS = 64, 8  # rows of x in a program; parts that a row of the weight is cut into
 
 
 def is_available(x: torch.Tensor, group_size: int) -> bool:
@@ -40,32 +41,51 @@ def is_available(x: torch.Tensor, group_size: int) -> bool:
 
 
 def matmul(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], weight of [N, K], bias [N] or None, x and bias contiguous -> x W^T + b [M, N]; meant for small M."""
-    (num_rows, num_inputs), (num_outputs, num_groups) = x.shape, weight.scales.shape
+    """x [M, K], weight of [N, K], bias [N] or None, x and bias contiguous -> x W^T + b [M, N]; meant for small M.
+
+    A weight takes part in one product at a time: programs count in its `arrived`.
+    """
+    (num_rows, num_inputs), num_blocks = x.shape, len(weight.qweight)
+    num_groups, num_outputs = weight.scales.shape
     out = x.new_empty(num_rows, num_outputs)
-    num_blocks, num_tiles = triton.cdiv(num_inputs, BLOCK), triton.cdiv(num_outputs, OUTPUTS)
-    tile = max(16, min(64, triton.next_power_of_2(num_rows)))
+    if num_rows == 1 and weight.num_weights <= MAX_MATVEC:
+        num_warps = max(1, min(4, triton.next_power_of_2(num_blocks // 8)))
+        _matvec_kernel[(triton.cdiv(num_outputs, 8),)](
+            x, weight.qweight, weight.qzeros, weight.scales, bias, out,
+            num_outputs, num_inputs, num_blocks, num_groups,
+            HAS_BIAS=bias is not None, OUTPUTS=8, BLOCKS=8 * num_warps, num_warps=num_warps, **constants(weight),
+        )  # fmt: skip
+        return out
+    num_tiles, tile = triton.cdiv(num_outputs, OUTPUTS), max(8, min(MAX_TILE, triton.next_power_of_2(num_rows)))
     num_row_tiles = triton.cdiv(num_rows, tile)
-    num_splits = choose_num_splits(num_tiles * num_row_tiles, num_blocks, x.device)
+    num_splits = choose_num_splits(num_tiles * num_row_tiles, num_blocks, RESIDENT[tile], x.device)
+    if num_tiles * num_row_tiles > len(weight.arrived):  # of more than MAX_ROWS
+        num_splits = 1
     parts = x.new_empty(num_splits, num_rows, num_outputs, dtype=torch.float32) if num_splits > 1 else out
     _matmul_kernel[(num_tiles, num_row_tiles, num_splits)](
-        x, weight.qweight, weight.qzeros, weight.scales, bias, parts,
-        num_rows, num_outputs, num_inputs, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits),
-        HAS_BIAS=bias is not None and num_splits == 1, OUTPUTS=OUTPUTS, TILE=tile,
+        x, weight.qweight, weight.qzeros, weight.scales, bias, out, parts, weight.arrived,
+        num_rows, num_outputs, num_inputs, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits), num_splits,
+        HAS_BIAS=bias is not None, IS_SPLIT=num_splits > 1, OUTPUTS=OUTPUTS, TILE=tile,
         HALVES=x.is_cuda and weight.bits == 4 and x.dtype != torch.float32,  # the interpreter knows no PTX
-        num_warps=WARPS, num_stages=STAGES, **group_constants(weight.group_size, weight.bits),
+        num_stages=STAGES, **constants(weight),
     )  # fmt: skip
-    if num_splits > 1:
-        _sum_parts_kernel[(triton.cdiv(num_outputs, 256), num_rows)](
-            parts, bias, out, num_rows, num_outputs, num_splits, HAS_BIAS=bias is not None, TILE=256, num_warps=4
-        )
     return out
 
 
-def choose_num_splits(num_programs: int, num_blocks: int, device: torch.device) -> int:
-    """Into how many parts a row of the weight is cut, so that programs fill the device; none of them is empty."""
+def max_tiles(num_outputs: int) -> int:
+    """Of a product with so many outputs and at most MAX_ROWS rows."""
+    return -(-num_outputs // OUTPUTS) * -(-MAX_ROWS // MAX_TILE)
+
+
+def choose_num_splits(num_programs: int, num_blocks: int, num_resident: int, device: torch.device) -> int:
+    """Into how many parts a row of the weight is cut, so that programs fill the device; none of them is empty.
+
+    Args:
+        num_programs: without splits.
+        num_resident: programs that a multiprocessor is to have.
+    """
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(MAX_SPLITS, num_blocks, triton.cdiv(num_units * PROGRAMS, num_programs))
+    wanted = max(1, min(MAX_SPLITS, num_blocks, num_units * num_resident // num_programs))
     return triton.cdiv(num_blocks, triton.cdiv(num_blocks, wanted))
 
 
@@ -73,45 +93,72 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The weight as [N, K] of `dtype`: scale * (code - zero), rounded once."""
     num_outputs, num_inputs = weight.out_features, weight.in_features
     out = torch.empty(num_outputs, num_inputs, dtype=dtype, device=weight.scales.device)
-    num_blocks = triton.cdiv(num_inputs, BLOCK)
-    blocks = min(32, triton.next_power_of_2(num_blocks))
-    _dequantize_kernel[(num_outputs, triton.cdiv(num_blocks, blocks))](
-        weight.qweight, weight.qzeros, weight.scales, out, num_inputs, num_blocks, weight.scales.shape[1],
-        BLOCKS=blocks, num_warps=4, **group_constants(weight.group_size, weight.bits),
+    _dequantize_kernel[(triton.cdiv(num_outputs, 32), len(weight.qweight))](
+        weight.qweight, weight.qzeros, weight.scales, out, num_outputs, num_inputs, len(weight.scales),
+        OUTPUTS=32, **constants(weight),
     )  # fmt: skip
     return out
 
 
-def group_constants(group_size: int, bits: int) -> dict[str, int]:
+def constants(weight: PackedWeight) -> dict[str, int]:
     """How fields, blocks and groups lie in one another: what all kernels are compiled for."""
     return {
-        "BITS": bits,
-        "WORDS": BLOCK * bits // 32,  # of a block
-        "GROUPS": max(1, BLOCK // group_size),  # in a block
-        "GROUP_BLOCKS": max(1, group_size // BLOCK),  # blocks in a group
+        "BITS": weight.bits,
+        "WORDS": BLOCK * weight.bits // 32,  # of a block
+        "GROUPS": max(1, BLOCK // weight.group_size),  # in a block: whole fields, 16 or 32 inputs each
+        "GROUP_BLOCKS": max(1, weight.group_size // BLOCK),  # blocks in a group; this or GROUPS is 1
     }
 
 
 if triton is not None:
 
     @triton.jit
-    def _load_scale_and_zero(  # type: ignore[no-untyped-def]
-        scales_ptr, qzeros_ptr, output, group, mask, num_groups, BITS: tl.constexpr
+    def _load_grid(  # type: ignore[no-untyped-def]
+        scales_ptr, qzeros_ptr, output, group, mask, num_outputs, BITS: tl.constexpr
     ):  # fmt: skip
         """Of outputs and groups that broadcast: float32 both."""
-        scale = tl.load(scales_ptr + output * num_groups + group, mask=mask, other=0.0)
-        word = tl.load(qzeros_ptr + output * BITS // 32 * num_groups + group, mask=mask, other=0)
+        offset = group * num_outputs + output
+        scale = tl.load(scales_ptr + offset, mask=mask, other=0.0)
+        word = tl.load(qzeros_ptr + offset * BITS // 32, mask=mask, other=0)
         zero = (word >> output * BITS % 32) & (2**BITS - 1)
         return scale.to(tl.float32), zero.to(tl.float32)
 
-    @triton.jit
-    def _subtract_zero(words, zero, SHIFT: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-        # float32, code - zero: put into the mantissa of 2**23 a code is a float without a conversion, which is slow.
-        field = ((words >> SHIFT) & (2**BITS - 1)) | 0x4B000000
-        return field.to(tl.float32, bitcast=True) - (zero + 8388608.0)
+    @triton.jit(do_not_specialize=["num_blocks", "num_groups"])
+    def _matvec_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, out_ptr, num_outputs, num_inputs, num_blocks, num_groups,
+        HAS_BIAS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr,
+        BITS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        # Blocks come first among the dimensions: a thread then has the same inputs of several outputs.
+        FIELDS: tl.constexpr = 32 // BITS
+        output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        word = tl.arange(0, WORDS)
+        is_output = (output < num_outputs)[None, :]
+        total = tl.zeros([BLOCKS, OUTPUTS, WORDS], tl.float32)
+        for first in range(0, num_blocks, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            mask = is_output & (block < num_blocks)[:, None]
+            row = block.to(tl.int64)[:, None] * num_outputs + output[None, :]
+            words = tl.load(qweight_ptr + row[:, :, None] * WORDS + word, mask=mask[:, :, None], other=0)
+            for part in tl.static_range(GROUPS):
+                group = tl.minimum((block * GROUPS + part) // GROUP_BLOCKS, num_groups - 1)[:, None]
+                scale, zero = _load_grid(scales_ptr, qzeros_ptr, output[None, :], group, mask, num_outputs, BITS)
+                dot = tl.zeros([BLOCKS, OUTPUTS, WORDS], tl.float32)
+                for field in tl.static_range(part * FIELDS // GROUPS, (part + 1) * FIELDS // GROUPS):
+                    column = block[:, None] * (WORDS * FIELDS) + field * WORDS + word
+                    x = tl.load(x_ptr + column, mask=column < num_inputs, other=0.0).to(tl.float32)
+                    # A float of 2 ** (23 - s) has its ones at bit s, where the field begins: no shift is needed.
+                    bits = words >> field * BITS // 16 * 16 & (2**BITS - 1 << field * BITS % 16)
+                    code = (bits | 150 - field * BITS % 16 << 23).to(tl.float32, bitcast=True)
+                    dot += (code - (zero + 2 ** (23 - field * BITS % 16))[:, :, None]) * x[:, None, :]
+                total += scale[:, :, None] * dot
+        result = tl.sum(tl.sum(total, axis=2), axis=0)
+        if HAS_BIAS:
+            result += tl.load(bias_ptr + output, mask=output < num_outputs, other=0.0).to(tl.float32)
+        tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=output < num_outputs)
 
-    # Of two words, each pair of fields as two halves of a register. Put into the mantissa of 128 (bfloat16) or 1024
-    # (float16), a code is a float without a conversion; what it was added to is taken off with the zero point.
+    # Of two words, each pair of fields as two halves of a register, in the mantissas of 128 (bfloat16) or 1024
+    # (float16); what was added is taken off with the zero point.
     _UNPACK = "{ .reg .b32 pair, high;" + "".join(
         f"prmt.b32 pair, $8, $9, {0x0400 + 0x0101 * byte}; shr.u32 high, pair, 4;"
         f"lop3.b32 ${2 * byte}, pair, 0x000f000f, MAGIC, 0xea; lop3.b32 ${2 * byte + 1}, high, 0x000f000f, MAGIC, 0xea;"
@@ -122,108 +169,128 @@ if triton is not None:
 
     @triton.jit
     def _unpack(words, dtype: tl.constexpr, HALVES: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Words [R, W] -> codes [R, W * 32 / BITS] of `dtype`: all first fields, then all second ones, and so on."""
-        if HALVES:
-            f0, f1, f2, f3, f4, f5, f6, f7 = tl.inline_asm_elementwise(
-                _UNPACK_BF16 if dtype == tl.bfloat16 else _UNPACK_FP16,
-                "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words], (tl.int16,) * 8, is_pure=True, pack=2,
-            )  # fmt: skip
-        elif BITS == 4:
-            f0, f1, f2, f3 = words & 15, words >> 4 & 15, words >> 8 & 15, words >> 12 & 15
-            f4, f5, f6, f7 = words >> 16 & 15, words >> 20 & 15, words >> 24 & 15, words >> 28 & 15
+        """The fields of words, each a tensor of `dtype`; with HALVES larger by 128 (bfloat16) or 1024 (float16)."""
+        if HALVES and dtype == tl.bfloat16:
+            fields = tl.inline_asm_elementwise(
+                _UNPACK_BF16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words], (tl.bfloat16,) * 8, is_pure=True, pack=2
+            )
+        elif HALVES:
+            fields = tl.inline_asm_elementwise(
+                _UNPACK_FP16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words], (tl.float16,) * 8, is_pure=True, pack=2
+            )
         else:
-            f0, f1, f2, f3 = words & 255, words >> 8 & 255, words >> 16 & 255, words >> 24 & 255
-        # The bits of a field's number become dimensions before that of the words.
-        if BITS == 4:
-            even, odd = tl.join(tl.join(f0, f4), tl.join(f2, f6)), tl.join(tl.join(f1, f5), tl.join(f3, f7))
-            fields = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
-        else:
-            fields = tl.permute(tl.join(tl.join(f0, f2), tl.join(f1, f3)), (0, 2, 3, 1))
-        return tl.reshape(fields, [words.shape[0], words.shape[1] * (32 // BITS)]).to(dtype, bitcast=HALVES)
+            fields = ()
+            for field in tl.static_range(32 // BITS):
+                fields += ((words >> field * BITS & (2**BITS - 1)).to(dtype),)
+        return fields
 
-    # Sizes are no constants, but for the alignment of x's rows: each kind of them would be compiled anew.
-    @triton.jit(do_not_specialize=["num_rows", "num_outputs", "num_blocks", "num_groups", "num_steps"])
+    @triton.jit
+    def _join(fields, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Tensors [R, W] -> [R, 32 / BITS * W]: all first fields, then all second ones, and so on."""
+        # In pairs, so that each bit of a field's number becomes a dimension: field 6, 110, is at [:, :, 1, 1, 0].
+        if BITS == 4:
+            f0, f1, f2, f3, f4, f5, f6, f7 = fields
+            even, odd = tl.join(tl.join(f0, f4), tl.join(f2, f6)), tl.join(tl.join(f1, f5), tl.join(f3, f7))
+            joined = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
+        else:
+            f0, f1, f2, f3 = fields
+            joined = tl.permute(tl.join(tl.join(f0, f2), tl.join(f1, f3)), (0, 2, 3, 1))
+        return tl.reshape(joined, [f0.shape[0], f0.shape[1] * (32 // BITS)])
+
+    @triton.jit
+    def _scale(  # type: ignore[no-untyped-def]
+        fields, offset, scales_ptr, qzeros_ptr, output, block, mask, num_outputs, num_groups,
+        BITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """scale * (field - offset - zero) for the fields of a block, in their dtype."""
+        scaled = ()
+        for field in tl.static_range(32 // BITS):
+            if field * GROUPS % (32 // BITS) == 0:  # another group begins
+                group = tl.minimum((block * GROUPS + field * GROUPS * BITS // 32) // GROUP_BLOCKS, num_groups - 1)
+                scale, zero = _load_grid(scales_ptr, qzeros_ptr, output, group, mask, num_outputs, BITS)
+            code = fields[field] - (zero + offset).to(fields[field].dtype)[:, None]
+            scaled += (scale.to(code.dtype)[:, None] * code,)  # type: ignore[assignment]
+        return scaled
+
+    # Sizes are no constants, but for the alignment of rows: each kind of them would be compiled anew.
+    @triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_groups", "num_steps", "num_splits"])
     def _matmul_kernel(  # type: ignore[no-untyped-def]
-        x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, out_ptr,
-        num_rows, num_outputs, num_inputs, num_blocks, num_groups, num_steps,
-        HAS_BIAS: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, HALVES: tl.constexpr,
+        x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, out_ptr, parts_ptr, arrived_ptr,
+        num_rows, num_outputs, num_inputs, num_blocks, num_groups, num_steps, num_splits,
+        HAS_BIAS: tl.constexpr, IS_SPLIT: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, HALVES: tl.constexpr,
         BITS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
     ):  # fmt: skip
         # The weight is the left operand: its outputs fill the tensor cores' rows whatever the size of the batch.
-        # out_ptr: [num_splits, num_rows, num_outputs], a part of the sum for each program of axis 2.
-        INPUTS: tl.constexpr = WORDS * 32 // BITS  # of a block
+        FIELDS: tl.constexpr = 32 // BITS
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        offset = (128.0 if dtype == tl.bfloat16 else 1024.0) if HALVES else 0.0
         output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         row = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        word, column = tl.arange(0, WORDS), tl.arange(0, INPUTS)
+        column = tl.arange(0, WORDS * FIELDS)
         is_output = output < num_outputs
-        words_ptr = qweight_ptr + output.to(tl.int64)[:, None] * (num_blocks * WORDS) + word[None, :]
+        block_words = num_outputs.to(tl.int64) * WORDS
+        words_ptr = qweight_ptr + output[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         x_row_ptr = x_ptr + row.to(tl.int64)[None, :] * num_inputs
         first = tl.program_id(2) * num_steps
-        scale, zero = _load_scale_and_zero(
-            scales_ptr, qzeros_ptr, output, first * GROUPS // GROUP_BLOCKS, is_output, num_groups, BITS
+        scale, zero = _load_grid(
+            scales_ptr, qzeros_ptr, output, first * GROUPS // GROUP_BLOCKS, is_output, num_outputs, BITS
         )
-        offset = (128.0 if x_ptr.dtype.element_ty == tl.bfloat16 else 1024.0) if HALVES else 0.0
         total = tl.zeros([OUTPUTS, TILE], tl.float32)
         for block in range(first, tl.minimum(first + num_steps, num_blocks)):
-            words = tl.load(words_ptr + block * WORDS, mask=is_output[:, None], other=0)
-            codes = _unpack(words, x_ptr.dtype.element_ty, HALVES, BITS)  # [OUTPUTS, INPUTS]
-            inputs = block * INPUTS + column
+            words = tl.load(words_ptr + block * block_words, mask=is_output[:, None], other=0)
+            inputs = block * (WORDS * FIELDS) + column
             mask = (inputs < num_inputs)[:, None] & (row < num_rows)[None, :]
             x = tl.load(x_row_ptr + inputs[:, None], mask=mask, other=0.0)  # [INPUTS, TILE]
-            for part in tl.static_range(GROUPS):
+            fields = _unpack(words, dtype, HALVES, BITS)
+            if GROUPS == 1:  # the scale is that of all products here, and may wait for their sum
                 # Those of the next step, so that this one need not wait for them.
-                group = tl.minimum((block * GROUPS + part + 1) // GROUP_BLOCKS, num_groups - 1)
-                next_scale, next_zero = _load_scale_and_zero(
-                    scales_ptr, qzeros_ptr, output, group, is_output, num_groups, BITS
-                )
-                weight = codes - (zero + offset).to(codes.dtype)[:, None]
-                if GROUPS > 1:
-                    weight = tl.where((column // (INPUTS // GROUPS) == part)[None, :], weight, 0.0)
+                group = tl.minimum((block + 1) // GROUP_BLOCKS, num_groups - 1)
+                next_scale, next_zero = _load_grid(scales_ptr, qzeros_ptr, output, group, is_output, num_outputs, BITS)
+                weight = _join(fields, BITS) - (zero + offset).to(dtype)[:, None]  # [OUTPUTS, INPUTS]
                 total += scale[:, None] * tl.dot(weight, x, input_precision="ieee")
                 scale, zero = next_scale, next_zero
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
-        out_row = tl.program_id(2).to(tl.int64) * num_rows + row
-        tl.store(
-            out_ptr + out_row[None, :] * num_outputs + output[:, None],
-            total.to(out_ptr.dtype.element_ty),
-            mask=(row < num_rows)[None, :] & is_output[:, None],
-        )
-
-    @triton.jit
-    def _sum_parts_kernel(  # type: ignore[no-untyped-def]
-        parts_ptr, bias_ptr, out_ptr, num_rows, num_outputs, num_splits, HAS_BIAS: tl.constexpr, TILE: tl.constexpr
-    ):  # fmt: skip
-        output = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        row = tl.program_id(1).to(tl.int64)
-        mask = output < num_outputs
-        total = tl.zeros([TILE], tl.float32)
-        for part in range(num_splits):
-            total += tl.load(parts_ptr + (part * num_rows + row) * num_outputs + output, mask=mask, other=0.0)
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + output, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * num_outputs + output, total.to(out_ptr.dtype.element_ty), mask=mask)
+            else:
+                scaled = _scale(
+                    fields, offset, scales_ptr, qzeros_ptr, output, block, is_output, num_outputs, num_groups,
+                    BITS, GROUPS, GROUP_BLOCKS,
+                )  # fmt: skip
+                total += tl.dot(_join(scaled, BITS), x, input_precision="ieee")
+        mask = (row < num_rows)[None, :] & is_output[:, None]
+        place = row.to(tl.int64)[None, :] * num_outputs + output[:, None]
+        is_last = True
+        if IS_SPLIT:  # who comes last adds up the parts of all, in their order
+            part_size = num_rows.to(tl.int64) * num_outputs
+            tl.store(parts_ptr + tl.program_id(2) * part_size + place, total, mask=mask)
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            arrived_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            is_last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == num_splits - 1
+            if is_last:
+                total = tl.zeros([OUTPUTS, TILE], tl.float32)
+                for part in tl.range(0, num_splits, loop_unroll_factor=64 // TILE):  # several loads at once
+                    total += tl.load(parts_ptr + part * part_size + place, mask=mask, other=0.0, cache_modifier=".cg")
+                tl.store(arrived_ptr, 0)  # for the next product
+        if is_last:
+            if HAS_BIAS:
+                total += tl.load(bias_ptr + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+            tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _dequantize_kernel(  # type: ignore[no-untyped-def]
-        qweight_ptr, qzeros_ptr, scales_ptr, out_ptr, num_inputs, num_blocks, num_groups,
-        BLOCKS: tl.constexpr,
+        qweight_ptr, qzeros_ptr, scales_ptr, out_ptr, num_outputs, num_inputs, num_groups, OUTPUTS: tl.constexpr,
         BITS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
     ):  # fmt: skip
-        row = tl.program_id(0) + tl.arange(0, 1)
-        block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-        word = tl.arange(0, WORDS)
-        mask = block < num_blocks
-        offset = tl.program_id(0).to(tl.int64) * (num_blocks * WORDS) + block * WORDS
-        words = tl.load(qweight_ptr + offset[:, None] + word[None, :], mask=mask[:, None], other=0)
-        out_ptr += tl.program_id(0).to(tl.int64) * num_inputs
-        for part in tl.static_range(GROUPS):
-            group = tl.minimum((block * GROUPS + part) // GROUP_BLOCKS, num_groups - 1)
-            scale, zero = _load_scale_and_zero(
-                scales_ptr, qzeros_ptr, row[:, None], group[None, :], mask[None, :], num_groups, BITS
-            )
-            scale, zero = tl.reshape(scale, [BLOCKS, 1]), tl.reshape(zero, [BLOCKS, 1])
-            for i in tl.static_range(part * 32 // BITS // GROUPS, (part + 1) * 32 // BITS // GROUPS):
-                column = block[:, None] * (WORDS * 32 // BITS) + i * WORDS + word[None, :]
-                weight = (scale * _subtract_zero(words, zero, i * BITS, BITS)).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + column, weight, mask=mask[:, None] & (column < num_inputs))
+        FIELDS: tl.constexpr = 32 // BITS
+        output, block = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.program_id(1)
+        is_output = output < num_outputs
+        row = block.to(tl.int64) * num_outputs + output
+        words = tl.load(qweight_ptr + row[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=is_output[:, None])
+        scaled = _scale(
+            _unpack(words, tl.float32, False, BITS), 0.0, scales_ptr, qzeros_ptr, output, block, is_output,
+            num_outputs, num_groups, BITS, GROUPS, GROUP_BLOCKS,
+        )  # fmt: skip
+        column = block * (WORDS * FIELDS) + tl.arange(0, WORDS * FIELDS)
+        tl.store(
+            out_ptr + output.to(tl.int64)[:, None] * num_inputs + column[None, :],
+            _join(scaled, BITS).to(out_ptr.dtype.element_ty),
+            mask=is_output[:, None] & (column < num_inputs)[None, :],
+        )

@@ -30,9 +30,9 @@ BLOCK = 128  # inputs whose codes lie together
 MAX_ROWS = 128  # of x, above which unpacking first and an ordinary product are faster
 MAX_MATVEC = 2**23  # weights, above which tensor cores are faster even for one row
 
-OUTPUTS, STAGES = 128, 3  # of a program of `_matmul_kernel`: outputs, and the depth of its pipeline
-RESIDENT = {8: 4, 16: 3, 32: 2, 64: 1}  # rows of a tile: programs for each multiprocessor
-MAX_TILE, MAX_SPLITS = 64, 8  # rows of x in a program; parts that a row of the weight is cut into
+OUTPUTS, MAX_TILE = 128, 64  # of the weight and rows of x that a program of `_matmul_kernel` multiplies, at most
+RESIDENT = {8: 4, 16: 3, 32: 2, 64: 1}  # rows of a tile: programs that a multiprocessor is to have
+FEW_SPLITS, MAX_SPLITS = 8, 16  # parts of a weight's row that cost little to add up, and the most there are
 
 
 def is_available(x: torch.Tensor, group_size: int) -> bool:
@@ -50,10 +50,10 @@ def matmul(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     out = x.new_empty(num_rows, num_outputs)
     if num_rows == 1 and weight.num_weights <= MAX_MATVEC:
         num_warps = max(1, min(4, triton.next_power_of_2(num_blocks // 8)))
-        _matvec_kernel[(triton.cdiv(num_outputs, 8),)](
+        _matvec_kernel[(triton.cdiv(num_outputs, 4),)](
             x, weight.qweight, weight.qzeros, weight.scales, bias, out,
             num_outputs, num_inputs, num_blocks, num_groups,
-            HAS_BIAS=bias is not None, OUTPUTS=8, BLOCKS=8 * num_warps, num_warps=num_warps, **constants(weight),
+            HAS_BIAS=bias is not None, OUTPUTS=4, BLOCKS=8 * num_warps, num_warps=num_warps, **constants(weight),
         )  # fmt: skip
         return out
     num_tiles, tile = triton.cdiv(num_outputs, OUTPUTS), max(8, min(MAX_TILE, triton.next_power_of_2(num_rows)))
@@ -67,7 +67,7 @@ def matmul(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         num_rows, num_outputs, num_inputs, num_blocks, num_groups, triton.cdiv(num_blocks, num_splits), num_splits,
         HAS_BIAS=bias is not None, IS_SPLIT=num_splits > 1, OUTPUTS=OUTPUTS, TILE=tile,
         HALVES=x.is_cuda and weight.bits == 4 and x.dtype != torch.float32,  # the interpreter knows no PTX
-        num_stages=STAGES, **constants(weight),
+        num_stages=2 if tile == 8 else 3, **constants(weight),
     )  # fmt: skip
     return out
 
@@ -82,10 +82,11 @@ def choose_num_splits(num_programs: int, num_blocks: int, num_resident: int, dev
 
     Args:
         num_programs: without splits.
-        num_resident: programs that a multiprocessor is to have.
+        num_resident: programs that a multiprocessor is to have; two will do where that takes more than FEW_SPLITS.
     """
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = max(1, min(MAX_SPLITS, num_blocks, num_units * num_resident // num_programs))
+    enough = max(FEW_SPLITS, min(MAX_SPLITS, num_units * 2 // num_programs))
+    wanted = max(1, min(enough, num_blocks, num_units * num_resident // num_programs))
     return triton.cdiv(num_blocks, triton.cdiv(num_blocks, wanted))
 
 

@@ -1,9 +1,9 @@
 """Attention as the formula says it: pad, scores, mask, softmax, weighted sum, in plain torch.
 
 It is the yardstick for every other way of computing it. Sequences of different lengths are padded to the longest one,
-here and nowhere else; where that would waste much, sequences of like lengths make a group. The scores of long prompts
-would be an N x N matrix for every head, so queries go through in tiles: memory is then bounded, and the keys that no
-row of a tile may see are not even multiplied.
+here and nowhere else; where that would waste much, sequences of like lengths make a group. A CPU, to which a launch
+is cheap, decodes them one by one. The scores of long prompts would be an N x N matrix for every head, so queries go
+through in tiles: memory is then bounded, and the keys that no row of a tile may see are not even multiplied.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def padded_attention(
 
     Other arguments and result as in `AttentionBackend.forward`.
     """
+    if metadata.max_query_len == 1 and q.device.type == "cpu":
+        return decode_one_by_one(q, k_cache, v_cache, metadata, scale)
     if metadata.shared is None:
         metadata.shared = list(pad(metadata))  # by the first layer, for all
     out = torch.empty_like(q)
@@ -58,6 +60,29 @@ def padded_attention(
         padded = attend(q[group.rows], k, v, group, scale)  # [n, Q, H, D]
         out[group.tokens] = padded.flatten(0, 1)[group.cells]
     return out
+
+
+def decode_one_by_one(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+) -> torch.Tensor:
+    """One query a sequence, and one sequence after the other (selective batching: Orca, section 3).
+
+    All other layers gain by a batch, for its rows share their weights; but no two sequences share a key. Nothing is
+    padded or masked, and what a sequence reads stays in a CPU's caches while it is needed.
+
+    Args and result as in `naive_attention`.
+    """
+    if metadata.shared is None:  # by the first layer, for all
+        starts = (metadata.block_table[:, 0] * metadata.block_size).tolist()
+        lens = metadata.seq_lens.tolist()
+        metadata.shared = [slice(start, start + num) for start, num in zip(starts, lens, strict=True)]
+    queries = (q.float() * scale).view(len(q), k_cache.shape[1], -1, q.shape[2])  # [N, KvH, G, D]
+    out = []
+    for query, slots in zip(queries, metadata.shared, strict=True):
+        k, v = k_cache[slots].float(), v_cache[slots].float()  # [K, KvH, D]
+        weights = torch.bmm(query, k.permute(1, 2, 0)).softmax(dim=-1)  # [KvH, G, K]
+        out.append(torch.bmm(weights, v.transpose(0, 1)))  # [KvH, G, D]
+    return torch.stack(out).view_as(q).to(q.dtype)
 
 
 @dataclass

@@ -57,13 +57,14 @@ def decode_one_by_one(
     Args and result as in `naive_attention`.
     """
     if metadata.shared is None:  # by the first layer, for all
-        starts = (metadata.block_table[:, 0] * metadata.block_size).tolist()
-        lens = metadata.seq_lens.tolist()
-        metadata.shared = [slice(start, start + num) for start, num in zip(starts, lens, strict=True)]
+        positions = torch.arange(metadata.max_seq_len)
+        blocks = metadata.block_table[:, positions // metadata.block_size]
+        slots = blocks * metadata.block_size + positions % metadata.block_size  # [N, K]
+        metadata.shared = [row[:num] for row, num in zip(slots, metadata.seq_lens.tolist(), strict=True)]
     queries = (q.float() * scale).view(len(q), k_cache.shape[1], -1, q.shape[2])  # [N, KvH, G, D]
     out = []
     for query, slots in zip(queries, metadata.shared, strict=True):
-        k, v = k_cache[slots].float(), v_cache[slots].float()  # [K, KvH, D]
+        k, v = k_cache.index_select(0, slots).float(), v_cache.index_select(0, slots).float()  # [K, KvH, D]
         weights = torch.bmm(query, k.permute(1, 2, 0)).softmax(dim=-1)  # [KvH, G, K]
         out.append(torch.bmm(weights, v.transpose(0, 1)))  # [KvH, G, D]
     return torch.stack(out).view_as(q).to(q.dtype)

@@ -249,8 +249,11 @@ def test_how_many_splits(num_programs: int, max_seq_len: int, paged: ModuleType)
     decodes=st.lists(st.integers(1, 100), min_size=1, max_size=3),
     chunks=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=3),
 )
-def test_decodes_apart(decodes: list[int], chunks: list[tuple[int, int]], stage: ModuleType, paged: ModuleType) -> None:
-    """Single queries by the kernel, chunks (of so many queries after so many keys) by another: as by one for all."""
+@pytest.mark.parametrize("decode", ["paged_decode", "decode_one_by_one"])
+def test_decodes_apart(
+    decodes: list[int], chunks: list[tuple[int, int]], decode: str, stage: ModuleType, paged: ModuleType
+) -> None:
+    """Single queries by one function, chunks (of so many queries after so many keys) by another: as by one for all."""
     lens = decodes + [num_queries + context for num_queries, context in chunks]
     case = Case(stage, lens, 16, 2, 2, 24, torch.float32)
     query_lens = torch.tensor([1] * len(decodes) + [num_queries for num_queries, _ in chunks])
@@ -264,9 +267,11 @@ def test_decodes_apart(decodes: list[int], chunks: list[tuple[int, int]], stage:
     )
     naive = attention(stage, "naive")
     expected = naive(q, case.k_cache, case.v_cache, dataclasses.replace(metadata), case.scale)
-    for _ in range(2):  # layers of the same step
-        ours = paged.decode_apart(q, case.k_cache, case.v_cache, metadata, case.scale, naive)
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged, "decode_one_by_one", getattr(paged, decode))  # what a CPU takes
+        for _ in range(2):  # layers of the same step
+            ours = paged.decode_apart(q, case.k_cache, case.v_cache, metadata, case.scale, naive)
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------- which one is called

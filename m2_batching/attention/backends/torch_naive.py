@@ -57,9 +57,8 @@ def decode_one_by_one(
     Args and result as in `naive_attention`.
     """
     if metadata.shared is None:  # by the first layer, for all
-        starts = (metadata.block_table[:, 0] * metadata.block_size).tolist()
-        lens = metadata.seq_lens.tolist()
-        metadata.shared = [slice(start, start + num) for start, num in zip(starts, lens, strict=True)]
+        starts = metadata.block_table[:, 0] * metadata.block_size
+        metadata.shared = list(map(slice, starts.tolist(), (starts + metadata.seq_lens).tolist()))
     queries = (q.float() * scale).view(len(q), k_cache.shape[1], -1, q.shape[2])  # [N, KvH, G, D]
     out = []
     for query, slots in zip(queries, metadata.shared, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..metadata import AttentionMetadata
-from .torch_naive import NaiveBackend
+from .torch_naive import NaiveBackend, decode_one_by_one
 
 try:
     import triton
@@ -39,9 +39,17 @@ class PagedBackend(NaiveBackend):
         metadata: AttentionMetadata,
         scale: float,
     ) -> torch.Tensor:
-        if q.device.type == "cuda" and metadata.max_query_len == 1:
-            return paged_decode(q, k_cache, v_cache, metadata, scale)
+        if metadata.max_query_len == 1:
+            return decode(q, k_cache, v_cache, metadata, scale)
         return super().forward(q, k_cache, v_cache, metadata, scale)
+
+
+def decode(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+) -> torch.Tensor:
+    """One query a sequence: all at once by our kernel, or one after the other on a CPU."""
+    attend = paged_decode if q.device.type == "cuda" else decode_one_by_one
+    return attend(q, k_cache, v_cache, metadata, scale)
 
 
 def paged_decode_reference(

@@ -35,6 +35,8 @@ class NaiveBackend(AttentionBackend):
         metadata: AttentionMetadata,
         scale: float,
     ) -> torch.Tensor:
+        if metadata.max_query_len == 1 and q.device.type == "cpu":
+            return decode_one_by_one(q, k_cache, v_cache, metadata, scale)
         return padded_attention(q, k_cache, v_cache, metadata, scale, _attend)
 
 
@@ -48,10 +50,8 @@ def padded_attention(
 ) -> torch.Tensor:
     """Gather what each sequence attends over, in groups padded to their longest, and leave the rest to `attend`.
 
-    A CPU decodes without either. Other arguments and result as in `AttentionBackend.forward`.
+    Other arguments and result as in `AttentionBackend.forward`.
     """
-    if metadata.max_query_len == 1 and q.device.type == "cpu":
-        return decode_one_by_one(q, k_cache, v_cache, metadata, scale)
     if metadata.shared is None:
         metadata.shared = list(pad(metadata))  # by the first layer, for all
     out = torch.empty_like(q)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..metadata import AttentionMetadata
-from .torch_naive import NaiveBackend
+from .torch_naive import NaiveBackend, decode_one_by_one
 
 try:
     import triton
@@ -41,9 +41,15 @@ class PagedBackend(NaiveBackend):
         metadata: AttentionMetadata,
         scale: float,
     ) -> torch.Tensor:
-        if q.device.type == "cuda":
-            return decode_apart(q, k_cache, v_cache, metadata, scale, super().forward)
-        return super().forward(q, k_cache, v_cache, metadata, scale)
+        return decode_apart(q, k_cache, v_cache, metadata, scale, super().forward)
+
+
+def decode(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+) -> torch.Tensor:
+    """One query a sequence: all at once by our kernel, or one after the other on a CPU."""
+    attend = paged_decode if q.device.type == "cuda" else decode_one_by_one
+    return attend(q, k_cache, v_cache, metadata, scale)
 
 
 def decode_apart(
@@ -54,19 +60,19 @@ def decode_apart(
     scale: float,
     attend: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """Decodes by our own kernel, chunks of prompts by `attend`, whose tiles of many queries a decode would leave empty.
+    """Decodes as a step of decodes would, chunks of prompts by `attend`, whose tiles of many queries they would waste.
 
     Args and result as in `AttentionBackend.forward`.
     """
     num_decodes = metadata.num_decodes
     if metadata.max_query_len == 1:
-        return paged_decode(q, k_cache, v_cache, metadata, scale)
+        return decode(q, k_cache, v_cache, metadata, scale)
     if num_decodes == 0:
         return attend(q, k_cache, v_cache, metadata, scale)
     if metadata.shared is None:  # by the first layer, for all
         metadata.shared = metadata.split()
     decodes, chunks = metadata.shared
-    context = paged_decode(q[:num_decodes], k_cache, v_cache, decodes, scale)
+    context = decode(q[:num_decodes], k_cache, v_cache, decodes, scale)
     return torch.cat([context, attend(q[num_decodes:], k_cache, v_cache, chunks, scale)])
 
 

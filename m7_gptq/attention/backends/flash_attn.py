@@ -11,6 +11,7 @@ On CUDA the kernels are those of the flash-attn package, with our own decode ker
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -62,9 +63,8 @@ class FlashAttentionBackend(AttentionBackend):
         metadata: AttentionMetadata,
         scale: float,
     ) -> torch.Tensor:
-        if q.device.type == "cpu":
-            return padded_attention(q, k_cache, v_cache, metadata, scale, _attend_sdpa)
-        return decode_apart(q, k_cache, v_cache, metadata, scale, _flash_attn)
+        attend = partial(padded_attention, attend=_attend_sdpa) if q.device.type == "cpu" else _flash_attn
+        return decode_apart(q, k_cache, v_cache, metadata, scale, attend)
 
 
 def _flash_attn(
@@ -107,15 +107,11 @@ def _key_slots(metadata: AttentionMetadata, key_start_loc: torch.Tensor) -> torc
 
 def _attend_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: PaddedGroup, scale: float) -> torch.Tensor:
     """q [n, Q, H, D], k and v [n, KvH, K, D] -> [n, Q, H, D], by torch's flash kernel for CPUs."""
-    (num_seqs, num_queries, _, head_dim), (_, num_kv_heads, num_keys, _) = q.shape, k.shape
+    (num_seqs, num_queries, _, _), num_keys = q.shape, k.shape[2]
     if group.max_context_len == 0:  # the first query belongs to the first key, which is how is_causal understands it
         q = q.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
     key_positions = torch.arange(num_keys)
-    if num_queries == 1:  # the query heads that share a KV head can then pass for queries of one head
-        mask = (key_positions <= group.positions[:, :, None])[:, None]  # [n, 1, 1, K]
-        grouped = q.view(num_seqs, num_kv_heads, -1, head_dim)
-        return F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale).view_as(q)
     tile_size = max(1, MAX_SCORES["cpu"] // (num_seqs * num_keys))  # a mask, too, is a matrix of queries by keys
     tiles = []
     for start in range(0, num_queries, tile_size):

@@ -361,6 +361,8 @@ def test_naive_attention_of_several_sequences(
 
     The limits are so small that groups and tiles end everywhere.
     """
+    if not hasattr(stage.EngineConfig, "block_size"):
+        block_size = 32  # a sequence has a row
     generator = torch.Generator().manual_seed(sum(part.length for part in parts))
     num_heads, num_kv_heads = heads
     head_dim, per_seq = 8, math.ceil(32 / block_size)

@@ -4,7 +4,7 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135) and FlashAttention-2 (Dao 202
 faster than its memory can follow, so what attention costs is what it moves. Scores are computed tile by tile in fast
 memory, used at once through an online softmax, and forgotten; only q, k, v and the result pass through slow memory.
 
-On CUDA the kernels are those of the flash-attn package, with our own decode kernel; on a CPU they are torch's.
+On CUDA the kernels are those of the flash-attn package, with our own decode kernel; on a CPU torch's take prompts.
 `tiled_attention` is the algorithm in plain torch, to be read and counted.
 """
 

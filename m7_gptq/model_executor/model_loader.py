@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .layers.linear import Linear, copy_weight
-from .layers.quantization import CHECKPOINT_TENSORS, QuantizationConfig, QuantizedWeight
+from .layers.quantization import CHECKPOINT_TENSORS, PackedWeight, QuantizationConfig, QuantizedWeight
 from .models import get_model_class
 from .models.llama import LlamaForCausalLM
 
@@ -148,7 +148,7 @@ def load_model(
         total, packed_bytes = (sum(p.nbytes for p in group) / 2**20 for group in (params, packed))
         bits = quantization_config.bits
         logger.info("weights: %.0f MiB, of which %d-bit %.0f MiB", total, bits, packed_bytes)
-        if params[0].is_cuda and not all(weight.has_kernels(dtype) for weight in quantized):
+        if params[0].is_cuda and not all(isinstance(w, PackedWeight) and w.has_kernels(dtype) for w in quantized):
             logger.warning(
                 "every step unpacks whole weights: kernels take float16 and bfloat16, and groups of 32, 64 or 128"
             )

@@ -201,17 +201,6 @@ def test_any_number_of_splits(stage: ModuleType, kernels: ModuleType, dtype: tor
 
 
 @interpreted
-def test_more_rows_than_are_counted(stage: ModuleType, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks for more than MAX_ROWS gets a product without splits."""
-    monkeypatch.setattr(kernels, "MAX_ROWS", 3)
-    stack = [make_matrix(Scheme(sym=False), 8, 640)]
-    layer = packed(stage, stack, torch.float16)
-    assert kernels.choose_num_splits(2, 5, kernels.RESIDENT[64], CPU) > 1 == len(layer.quantized.arrived)
-    x = randn(70, 640, dtype=torch.float16)
-    check(kernels.matmul(x, layer.quantized, None), x, full_weight(stack), None)
-
-
-@interpreted
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_one_row_on_tensor_cores(
     stage: ModuleType, kernels: ModuleType, layout: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -233,7 +222,7 @@ def test_the_choice_of_splits(num_programs: int, num_steps: int, num_resident: i
     assert (chosen - 1) * -(-num_steps // chosen) < num_steps
     assert kernels.choose_num_splits(num_programs + 1, num_steps, num_resident, CPU) <= chosen
     assert kernels.choose_num_splits(num_programs, num_steps, num_resident - 1, CPU) <= chosen
-    assert kernels.choose_num_splits(10**6, num_steps, num_resident, CPU) == 1
+    assert kernels.choose_num_splits(kernels.MAX_COUNTED + 1, num_steps, num_resident, CPU) == 1
     assert num_steps < 2 or kernels.choose_num_splits(1, num_steps, num_resident, CPU) > 1
 
 
@@ -501,6 +490,11 @@ def test_recorded_products(stage: ModuleType, kernels: ModuleType, dtype: torch.
                 if num_rows <= kernels.MAX_ROWS:  # beyond, it is torch's product, which may take another way
                     assert torch.equal(played, layer(x)), num_rows
                 check(played, x, full_weight(stack), layer.bias)
+
+
+@pytest.mark.gpu
+def test_more_tiles_than_are_counted_are_not_split(kernels: ModuleType) -> None:
+    assert kernels.choose_num_splits(kernels.MAX_COUNTED + 1, 500, max(kernels.RESIDENT.values()), CUDA) == 1
 
 
 @pytest.mark.gpu

@@ -44,14 +44,6 @@ class PagedBackend(NaiveBackend):
         return decode_apart(q, k_cache, v_cache, metadata, scale, super().forward)
 
 
-def decode(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
-) -> torch.Tensor:
-    """One query a sequence: all at once by our kernel, or one after the other on a CPU."""
-    attend = paged_decode if q.device.type == "cuda" else decode_one_by_one
-    return attend(q, k_cache, v_cache, metadata, scale)
-
-
 def decode_apart(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -65,6 +57,7 @@ def decode_apart(
     Args and result as in `AttentionBackend.forward`.
     """
     num_decodes = metadata.num_decodes
+    decode = paged_decode if q.device.type == "cuda" else decode_one_by_one
     if metadata.max_query_len == 1:
         return decode(q, k_cache, v_cache, metadata, scale)
     if num_decodes == 0:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import quantized_matmul
-from .quantized_matmul import BLOCK
+from .quantized_matmul import BLOCK, MAX_COUNTED
 
 # Of a quantised layer in a checkpoint; g_idx may be absent.
 CHECKPOINT_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -215,10 +215,6 @@ class QuantizedWeight(nn.Module, ABC):
             return weight
         return torch.empty_like(weight).index_copy_(1, self.order, weight)
 
-    def has_kernels(self, dtype: torch.dtype) -> bool:
-        """Whether few rows of `dtype` are multiplied without unpacking the whole weight first."""
-        return True
-
     @abstractmethod
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`forward` for inputs sorted by group."""
@@ -252,8 +248,7 @@ class PackedWeight(QuantizedWeight):
         self.qweight = _frozen(pack(blocks, bits, dim=2).squeeze(2).transpose(0, 1).contiguous())
         self.qzeros, self.scales = _frozen(qzeros), _frozen(scales)
         self.order = None if order is None else _frozen(order)
-        num_tiles = quantized_matmul.max_tiles(self.out_features)
-        self.register_buffer("arrived", torch.zeros(num_tiles, dtype=torch.int32, device=codes.device))
+        self.register_buffer("arrived", torch.zeros(MAX_COUNTED, dtype=torch.int32, device=codes.device))
 
     @property
     def group_size(self) -> int:
@@ -262,7 +257,7 @@ class PackedWeight(QuantizedWeight):
         return self.in_features // num_groups if num_groups > 1 else len(self.qweight) * BLOCK
 
     def has_kernels(self, dtype: torch.dtype) -> bool:
-        # In float32 there are no tensor cores to use.
+        """Whether few rows can be multiplied by codes; in float32 there are no tensor cores to use."""
         return dtype != torch.float32 and quantized_matmul.is_available(self.scales, self.group_size)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -312,8 +307,7 @@ class CPUInt4Weight(QuantizedWeight):
         """Whether the kernel takes it, and we can read it back."""
         if config.bits != 4 or dtype != torch.bfloat16 or all(group_size % size for size in cls.GROUP_SIZES):
             return False
-        rows = _int4_block_rows()
-        return rows is not None and out_features % rows == 0
+        return _int4_block_rows() > 0 and out_features % _int4_block_rows() == 0
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if len(x) > self.MAX_ROWS:
@@ -329,7 +323,9 @@ class CPUInt4Weight(QuantizedWeight):
 
     def _dequantize_transposed(self) -> torch.Tensor:
         """bfloat16 [K, N], group by group: what is handed from one operation to the next then stays in the cache."""
-        codes = _unpack_int4(self.packed, self.in_features).view(-1, self.group_size, self.out_features)
+        codes = _unpack_int4(self.packed, self.in_features, _int4_block_rows()).view(
+            -1, self.group_size, self.out_features
+        )
         out = torch.empty(codes.shape, dtype=torch.bfloat16)
         scales, shifts = self.scales_and_shifts.float().movedim(-1, 0).contiguous()  # [G, N] each
         for group in range(len(codes)):
@@ -338,20 +334,18 @@ class CPUInt4Weight(QuantizedWeight):
 
 
 @cache
-def _int4_block_rows() -> int | None:
-    """Outputs that torch's int4 kernel packs together, which depends on the CPU; None: in an order unknown to us."""
+def _int4_block_rows() -> int:
+    """Outputs that torch's int4 kernel packs together, which depends on the CPU; 0: in an order unknown to us."""
     codes = torch.randint(0, 16, (128, 32), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     for rows in (64, 32):
         if torch.equal(_unpack_int4(packed, 32, rows).T.int(), codes):
             return rows
-    return None
+    return 0
 
 
-def _unpack_int4(packed: torch.Tensor, in_features: int, rows: int | None = None) -> torch.Tensor:
+def _unpack_int4(packed: torch.Tensor, in_features: int, rows: int) -> torch.Tensor:
     """uint8 codes [K, N]. Of each input, a block's first half of outputs lies in low nibbles, the second in high."""
-    rows = rows or _int4_block_rows()
-    assert rows is not None
     blocks = packed.view(-1, in_features, 1, rows // 2)  # [N / rows, K, 1, bytes]
     codes = torch.cat([blocks & 15, blocks >> 4], dim=2)
     return codes.permute(1, 0, 2, 3).reshape(in_features, -1)

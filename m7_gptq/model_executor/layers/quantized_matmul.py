@@ -32,6 +32,7 @@ MAX_MATVEC = 2**23  # weights, above which tensor cores are faster even for one 
 
 OUTPUTS, MAX_TILE = 128, 64  # of the weight and rows of x that a program of `_matmul_kernel` multiplies, at most
 RESIDENT = {8: 4, 16: 3, 32: 2, 64: 1}  # rows of a tile: programs that a multiprocessor is to have
+MAX_COUNTED = 1024  # tiles that can be split: no GPU has 512 multiprocessors, to which more would not be enough
 FEW_SPLITS, MAX_SPLITS = 8, 16  # parts of a weight's row that cost little to add up, and the most there are
 
 
@@ -59,8 +60,6 @@ def matmul(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     num_tiles, tile = triton.cdiv(num_outputs, OUTPUTS), max(8, min(MAX_TILE, triton.next_power_of_2(num_rows)))
     num_row_tiles = triton.cdiv(num_rows, tile)
     num_splits = choose_num_splits(num_tiles * num_row_tiles, num_blocks, RESIDENT[tile], x.device)
-    if num_tiles * num_row_tiles > len(weight.arrived):  # of more than MAX_ROWS
-        num_splits = 1
     parts = x.new_empty(num_splits, num_rows, num_outputs, dtype=torch.float32) if num_splits > 1 else out
     _matmul_kernel[(num_tiles, num_row_tiles, num_splits)](
         x, weight.qweight, weight.qzeros, weight.scales, bias, out, parts, weight.arrived,
@@ -70,11 +69,6 @@ def matmul(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         num_stages=2 if tile == 8 else 3, **constants(weight),
     )  # fmt: skip
     return out
-
-
-def max_tiles(num_outputs: int) -> int:
-    """Of a product with so many outputs and at most MAX_ROWS rows."""
-    return -(-num_outputs // OUTPUTS) * -(-MAX_ROWS // MAX_TILE)
 
 
 def choose_num_splits(num_programs: int, num_blocks: int, num_resident: int, device: torch.device) -> int:

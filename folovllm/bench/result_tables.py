@@ -440,7 +440,10 @@ def stage_figures(root: Path, short: str, link: str) -> str:
             for words in (what, [machine(figures), runs, turns])
             if any(words)
         )
-        found.append(f"**[{path.name}]({link}/{path.name})**: {about}.\n`{command(figures)}`\n\n{table}")
+        text = f"**[{path.name}]({link}/{path.name})**: {about}.\n`{command(figures)}`\n\n{table}"
+        if (picture := path.with_suffix(".png")).is_file():
+            text += f"\n\n![{path.stem}]({link}/{picture.name})"
+        found.append(text)
     return "\n\n".join(found) or "Nothing has been measured yet."
 
 

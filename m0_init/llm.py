@@ -50,9 +50,11 @@ class LLM:
             overrides["model"] = str(model)
         config = replace(engine_config or EngineConfig(), **overrides)
         configure_logging(config.log_level)
-        folder = resolve_model(config.model, config.revision)
+        folder = resolve_model(config.model, config.revision, with_weights=config.load_format != "dummy")
         self.hf_config = load_hf_config(folder)
-        self.tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        self.tokenizer = load_tokenizer(
+            resolve_model(config.tokenizer, with_weights=False) if config.tokenizer else folder
+        )
         self.worker = GPUWorker(config, folder, self.hf_config)
         self.config = self.worker.config
         generation_config = load_generation_config(folder)
@@ -166,7 +168,7 @@ class LLM:
                 f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one, or one each"
             )
         return [
-            self.input_processor.process(str(next(self._counter)), prompt, params)
+            self.input_processor.process(f"llm-{next(self._counter)}", prompt, params)
             for prompt, params in zip(prompts, sampling_params, strict=True)
         ]
 

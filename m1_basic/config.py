@@ -11,6 +11,12 @@ from typing import Any
 
 from .utils.checks import check_int, check_option_names
 
+# The smallest value of every count; None is always fine.
+_SMALLEST = {
+    "max_model_len": 2,  # a prompt token and an output token
+    "kv_cache_memory_bytes": 1,
+}
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -55,10 +61,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', got {self.load_format!r}")
-        if self.max_model_len is not None:
-            check_int("max_model_len", self.max_model_len, 2)  # a prompt token and an output token
-        if self.kv_cache_memory_bytes is not None:
-            check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        for name, smallest in _SMALLEST.items():
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), smallest)
         if self.attention_backend not in (None, "naive"):
             raise ValueError(f"attention_backend must be 'naive', got {self.attention_backend!r}")
         if self.tensor_parallel_size != 1:

@@ -11,6 +11,14 @@ from typing import Any
 
 from .utils.checks import check_int, check_option_names
 
+# The smallest value of every count; None is always fine.
+_SMALLEST = {
+    "max_model_len": 2,  # a prompt token and an output token
+    "kv_cache_memory_bytes": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 2,
+}
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -62,11 +70,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', got {self.load_format!r}")
-        if self.max_model_len is not None:
-            check_int("max_model_len", self.max_model_len, 2)  # a prompt token and an output token
-        for name in ("kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
+        for name, smallest in _SMALLEST.items():
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 2 if name == "max_num_batched_tokens" else 1)
+                check_int(name, getattr(self, name), smallest)
         for name in ("max_model_len", "max_num_seqs"):
             if self.max_num_batched_tokens is not None and (getattr(self, name) or 0) > self.max_num_batched_tokens:
                 raise ValueError(

@@ -6,7 +6,6 @@ This class only adds requests, turns the crank and collects what comes out; `eng
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -53,8 +52,6 @@ class LLM:
         self.tokenizer = self.engine.tokenizer
         self.hf_config = self.engine.hf_config
         self._counter = count()
-        # By request id: where its outputs go, and whether they are to be kept as they were at their step.
-        self._inboxes: dict[str, tuple[deque[RequestOutput], bool]] = {}
         self._closed = False
 
     @property
@@ -114,8 +111,14 @@ class LLM:
         Leaving the loop early aborts what is unfinished.
         """
         requests = self._add_requests(prompts, sampling_params, priority)
+        num_shown: dict[tuple[str, int], int] = {}  # characters of each completion
         try:
-            yield from self._run(requests, as_snapshots=True)
+            for output in map(RequestOutput.snapshot, self._run(requests)):
+                for completion in output.outputs:
+                    key = output.request_id, completion.index
+                    completion.delta = completion.text[num_shown.get(key, 0) :]
+                    num_shown[key] = len(completion.text)
+                yield output
         finally:
             self._abort(requests)
 
@@ -186,46 +189,34 @@ class LLM:
         requests: list[Request] = []
         try:
             for prompt, params, rank in zip(prompts, sampling_params, priority, strict=True):
-                requests.append(self.engine.add_request(str(next(self._counter)), prompt, params, rank))
+                requests.append(self.engine.add_request(f"llm-{next(self._counter)}", prompt, params, rank))
         except BaseException:
             self._abort(requests)
             raise
         return requests
 
-    def _run(self, requests: list[Request], as_snapshots: bool = False) -> Iterator[RequestOutput]:
-        """Turn the crank until these requests are finished."""
+    def _run(self, requests: list[Request]) -> Iterator[RequestOutput]:
+        """Turn the crank until these requests are finished; yields an output when it has grown, whoever turned."""
         unfinished = {request.request_id: self.engine.get_output(request.request_id) for request in requests}
-        inbox: deque[RequestOutput] = deque()
-        self._inboxes.update(dict.fromkeys(unfinished, (inbox, as_snapshots)))
+        num_seen = dict.fromkeys(unfinished, 0)
         while unfinished:
             self._check_open()
-            if not inbox:
-                # Some may have been ended by others: aborted, or stepped to their end through the engine itself.
-                inbox.extend(output for output in unfinished.values() if output.finished)
-            if not inbox:
-                self._step()
-                continue
-            output = inbox.popleft()
-            if output.request_id in unfinished:
-                if output.finished:
-                    del unfinished[output.request_id]
-                yield output
-
-    def _step(self) -> None:
-        """One step of the engine, for all who are waiting: two streams may take turns at the crank."""
-        for output in self.engine.step():
-            inbox, as_snapshots = self._inboxes.get(output.request_id, (None, False))
-            if inbox is not None:
-                inbox.append(output.snapshot() if as_snapshots else output)
+            # Others may have stepped, or ended, what is ours.
+            grown = [o for i, o in unfinished.items() if o.finished or o.metrics.num_output_tokens > num_seen[i]]
+            for output in grown or self.engine.step():
+                if output.request_id in unfinished:
+                    num_seen[output.request_id] = output.metrics.num_output_tokens
+                    if output.finished:
+                        del unfinished[output.request_id]
+                    yield output
 
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("this LLM is closed; make a new one")
 
     def _abort(self, requests: list[Request]) -> None:
-        """Forget these requests, finished or not."""
+        """Drop those of these requests that are not finished."""
         for request in requests:
-            self._inboxes.pop(request.request_id, None)
             self.engine.abort_request(request.request_id)
 
 

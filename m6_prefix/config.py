@@ -11,6 +11,17 @@ from typing import Any
 
 from .utils.checks import check_int, check_option_names, check_real
 
+# The smallest value of every count; None is always fine.
+_SMALLEST = {
+    "max_model_len": 2,  # a prompt token and an output token
+    "kv_cache_memory_bytes": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 2,
+    "block_size": 1,
+    "num_kv_blocks": 1,
+    "max_chunk_size": 1,
+}
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -85,14 +96,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', got {self.load_format!r}")
-        if self.max_model_len is not None:
-            check_int("max_model_len", self.max_model_len, 2)  # a prompt token and an output token
-        for name in (
-            "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks",
-            "max_chunk_size",
-        ):  # fmt: skip
+        for name, smallest in _SMALLEST.items():
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 2 if name == "max_num_batched_tokens" else 1)
+                check_int(name, getattr(self, name), smallest)
         for name in ("max_num_seqs",) if self.enable_chunked_prefill else ("max_model_len", "max_num_seqs"):
             if self.max_num_batched_tokens is not None and (getattr(self, name) or 0) > self.max_num_batched_tokens:
                 raise ValueError(
@@ -101,6 +107,8 @@ class EngineConfig:
                 )
         if self.scheduling_policy not in ("fcfs", "priority", "sjf"):
             raise ValueError(f"scheduling_policy must be 'fcfs', 'priority' or 'sjf', got {self.scheduling_policy!r}")
+        if self.block_size is not None and not self.enable_paged_kv:
+            raise ValueError("block_size goes with enable_paged_kv=True only: without, a block is a whole sequence")
         if self.chunk_policy not in ("fixed", "dynamic"):
             raise ValueError(f"chunk_policy must be 'fixed' or 'dynamic', got {self.chunk_policy!r}")
         if self.chunk_policy == "dynamic" and not self.enable_chunked_prefill:

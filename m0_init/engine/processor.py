@@ -55,9 +55,12 @@ class InputProcessor:
         text, token_ids = self._tokenize(prompt)
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one token")
-        for token in [*token_ids, *(params.stop_token_ids or ())]:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})")
+        for name, ids in (("the prompt", token_ids), ("stop_token_ids", params.stop_token_ids or ())):
+            for token in ids:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"token id {token} in {name} is not in the vocabulary (0 to {self.vocab_size - 1})"
+                    )
         room = self.max_model_len - len(token_ids)
         if room < 1:
             raise ValueError(
@@ -100,11 +103,8 @@ class InputProcessor:
 
     def _find_eos_token_ids(self, hf_config: PretrainedConfig) -> tuple[int, ...]:
         """The ids that end a text: generation_config.json's, else config.json's, else the tokenizer's."""
-        for eos in (
-            self.generation_config.get("eos_token_id"),
-            hf_config.eos_token_id,
-            self.tokenizer.eos_token_id,
-        ):
+        suggested = self.generation_config.get("eos_token_id")
+        for eos in (suggested, hf_config.eos_token_id, self.tokenizer.eos_token_id):
             if eos is not None:
                 return tuple(eos) if isinstance(eos, list) else (eos,)
         return ()

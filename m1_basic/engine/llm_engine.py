@@ -26,9 +26,11 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        folder = resolve_model(config.model, config.revision)
+        folder = resolve_model(config.model, config.revision, with_weights=config.load_format != "dummy")
         self.hf_config = load_hf_config(folder)
-        self.tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        self.tokenizer = load_tokenizer(
+            resolve_model(config.tokenizer, with_weights=False) if config.tokenizer else folder
+        )
         self.worker = GPUWorker(config, folder, self.hf_config)
         self.config = self.worker.config
         self.input_processor = InputProcessor(
@@ -91,6 +93,8 @@ class LLMEngine:
         seq.status = SequenceStatus.RUNNING
         first, last = seq.num_computed_tokens, seq.num_tokens
         sampled = self.worker.model_runner.execute_model(seq)
+        if seq.is_finished:  # a logits processor aborted it
+            return []
         seq.num_computed_tokens = last
         seq_outputs = [self._update_from_output(seq, sampled)]
         self.output_processor.note_scheduled([seq], started)

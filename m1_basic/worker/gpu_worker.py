@@ -38,9 +38,10 @@ class GPUWorker:
     def __init__(self, config: EngineConfig, folder: Path, hf_config: PretrainedConfig) -> None:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config)
+        longest = resolve_max_model_len(config.max_model_len, hf_config)
         model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
         layers = [module for module in model.modules() if isinstance(module, Attention)]
-        self.max_model_len = self._fit_max_model_len(config, hf_config, kv_bytes_per_token(layers, self.dtype))
+        self.max_model_len = self._fit_max_model_len(config, longest, kv_bytes_per_token(layers, self.dtype))
         self.num_slots = self.max_model_len  # one row, and so one block, is the whole cache
         self._initialize_kv_cache(layers)
         self.config = replace(
@@ -51,9 +52,8 @@ class GPUWorker:
         )
         self.model_runner = ModelRunner(model, self.num_slots, self.device)
 
-    def _fit_max_model_len(self, config: EngineConfig, hf_config: PretrainedConfig, bytes_per_token: int) -> int:
-        """The longest sequence whose keys and values fit in memory, up to what was asked for."""
-        max_model_len = resolve_max_model_len(config.max_model_len, hf_config)
+    def _fit_max_model_len(self, config: EngineConfig, max_model_len: int, bytes_per_token: int) -> int:
+        """The longest sequence whose keys and values fit in memory, up to `max_model_len`."""
         available = available_memory(self.device)
         budget = config.kv_cache_memory_bytes or default_cache_memory(self.device, available)
         if budget > available:

@@ -42,9 +42,10 @@ class GPUWorker:
     def __init__(self, config: EngineConfig, folder: Path, hf_config: PretrainedConfig) -> None:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config)
+        longest = resolve_max_model_len(config.max_model_len, hf_config)
         model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
         layers = [module for module in model.modules() if isinstance(module, Attention)]
-        self.max_model_len, max_num_seqs = self._fit_cache(config, hf_config, kv_bytes_per_token(layers, self.dtype))
+        self.max_model_len, max_num_seqs = self._fit_cache(config, longest, kv_bytes_per_token(layers, self.dtype))
         self.num_slots = max_num_seqs * self.max_model_len  # a row, and so a block, for each sequence
         self._initialize_kv_cache(layers)
         self.config = replace(
@@ -59,9 +60,8 @@ class GPUWorker:
         input_batch = InputBatch(max_num_seqs, 1, self.max_model_len, hf_config.vocab_size, self.device)
         self.model_runner = ModelRunner(model, input_batch)
 
-    def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, bytes_per_token: int) -> tuple[int, int]:
+    def _fit_cache(self, config: EngineConfig, longest: int, bytes_per_token: int) -> tuple[int, int]:
         """max_model_len and max_num_seqs: what was asked for, and otherwise the most that memory has rows for."""
-        longest = resolve_max_model_len(config.max_model_len, hf_config)
         available = available_memory(self.device)
         budget = config.kv_cache_memory_bytes or default_cache_memory(self.device, available)
         if budget > available:

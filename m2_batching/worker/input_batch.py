@@ -1,7 +1,7 @@
 """InputBatch: many sequences, one flat batch.
 
-Every sequence that runs has a row here from its first step to its last. What stays the same for it is written into its
-row once; what a step needs is gathered from the rows, on the host and with numpy, and sent to the device.
+Every sequence that runs has a row here from its first step to its last. A row keeps what is known of its
+sequence; what a step needs is gathered from the rows, on the host and with numpy, and sent to the device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class InputBatch:
         self.vocab_size = vocab_size
         self.device = device
         self.rows: dict[str, int] = {}
-        self.block_table = torch.zeros(max_num_seqs, max_blocks_per_seq, dtype=torch.int32)
+        self.block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
         self._free_rows = list(reversed(range(max_num_seqs)))
         self._sampled_seqs: list[Sequence] = []  # of the step before
         self._sampling: SamplingMetadata | None = None  # theirs
@@ -51,7 +51,7 @@ class InputBatch:
         for seq in scheduled.seqs:
             if seq.seq_id not in self.rows:
                 row = self.rows[seq.seq_id] = self._free_rows.pop()
-                self.block_table[row, : len(seq.block_table)] = torch.tensor(seq.block_table)
+                self.block_table[row, : len(seq.block_table)] = seq.block_table
 
     def prepare_inputs(self, scheduled: SchedulerOutput) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
         """What the model runs on: input_ids int64 [T], positions int64 [T], and how they divide into sequences."""
@@ -65,7 +65,7 @@ class InputBatch:
             for seq, query_len, seq_len in zip(scheduled.seqs, query_lens.tolist(), seq_lens.tolist(), strict=True)
         ]
         input_ids = np.fromiter(chain.from_iterable(new_tokens), dtype=np.int64, count=len(seq_index))
-        block_table = self.block_table[[self.rows[seq.seq_id] for seq in scheduled.seqs]]
+        block_table = torch.from_numpy(self.block_table[[self.rows[seq.seq_id] for seq in scheduled.seqs]])
         slot_mapping = compute_slot_mapping(
             block_table, torch.from_numpy(seq_index), torch.from_numpy(positions), self.block_size
         )

@@ -51,12 +51,13 @@ class GPUWorker:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # Triton launches on the current device
         self.dtype = resolve_dtype(config.dtype, hf_config)
+        positions = resolve_max_model_len(config.max_model_len, hf_config)
         model = self.model = load_model(folder, hf_config, self.dtype, self.device, config.load_format, config.seed)
         self.layers = [module for module in model.modules() if isinstance(module, Attention)]
         for layer in self.layers:
             layer.backend = naive_attention if config.attention_backend == "naive" else paged_attention
         max_num_seqs = config.max_num_seqs or min(_DEFAULT_NUM_SEQS, config.max_num_batched_tokens or _DEFAULT_NUM_SEQS)
-        self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, hf_config, max_num_seqs)
+        self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, positions, max_num_seqs)
         self.num_slots = num_blocks * self.block_size
         self._initialize_kv_cache(self.num_slots)
         self.config = replace(
@@ -84,17 +85,14 @@ class GPUWorker:
         kv_caches = [cache for layer in self.layers for cache in (layer.k_cache, layer.v_cache)]
         self.model_runner = ModelRunner(model, input_batch, kv_caches)
 
-    def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
+    def _fit_cache(self, config: EngineConfig, positions: int, max_num_seqs: int) -> tuple[int, int, int]:
         """block_size, number of blocks, and max_model_len: what was asked for, and otherwise the most that fits."""
-        positions = resolve_max_model_len(config.max_model_len, hf_config)
         longest = min(positions, config.max_num_batched_tokens or positions)
         block_size = config.block_size or _DEFAULT_BLOCK_SIZE
         bytes_per_token = kv_bytes_per_token(self.layers, self.dtype)
         budget = self._cache_memory(config, -(-longest // block_size) * block_size, max_num_seqs)
         num_tokens = max(budget, 0) // bytes_per_token
         if not config.enable_paged_kv:
-            if config.block_size is not None:
-                raise ValueError("block_size goes with enable_paged_kv=True only: without, a block is a whole sequence")
             if config.max_model_len is None:
                 longest = max(2, min(longest, _COMFORTABLE_MODEL_LEN, num_tokens))
             block_size = max(longest, min(-(-longest // 256) * 256, num_tokens))
@@ -154,7 +152,7 @@ class GPUWorker:
         lens = [1] * max_num_seqs
         for i in range(max_num_seqs):
             lens[i] += min(longest - 1, num_tokens - sum(lens))
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lens])
+        positions = torch.zeros(sum(lens), dtype=torch.int64, device=self.device)  # any will do
         lens_tensor = torch.tensor(lens, dtype=torch.int32, device=self.device)
         metadata = AttentionMetadata(
             query_start_loc=F.pad(lens_tensor.cumsum(0, dtype=torch.int32), (1, 0)),

@@ -1,7 +1,7 @@
 """InputBatch: many sequences, one flat batch.
 
-Every sequence that runs has a row here from its first step to its last. What stays the same for it is written into its
-row once; what a step needs is gathered from the rows, on the host and with numpy, and sent to the device.
+Every sequence that runs has a row here from its first step to its last. A row keeps what is known of its
+sequence; what a step needs is gathered from the rows, on the host and with numpy, and sent to the device.
 """
 
 from __future__ import annotations

@@ -29,12 +29,15 @@ from .models.llama import LlamaForCausalLM
 logger = logging.getLogger(__name__)
 
 # What the engine reads of a repository on the hub: no pickles, no copies of the weights in other formats.
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_PATTERNS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _HUB_IGNORE = ["*/*"]
 
 
-def resolve_model(model: str | Path | None, revision: str | None = None) -> Path:
+def resolve_model(model: str | Path | None, revision: str | None = None, with_weights: bool = True) -> Path:
     """The folder of a checkpoint: `model` itself, or where the hub's `model` was downloaded to.
+
+    Args:
+        with_weights: False: only its configuration and tokenizer are downloaded.
 
     Raises:
         ValueError: neither a folder nor a repository that can be had.
@@ -46,8 +49,9 @@ def resolve_model(model: str | Path | None, revision: str | None = None) -> Path
         return Path(model)
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise ValueError(f"model folder {model!r} does not exist")
+    patterns = _HUB_PATTERNS + ["*.safetensors"] * with_weights
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORE)
+        folder = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_IGNORE)
     except Exception as error:  # the hub's client raises a dozen unrelated types for "not there" and "no network"
         reason = type(error).__name__
         raise ValueError(

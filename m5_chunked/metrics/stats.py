@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Of the newest steps so many are kept at least, and twice as many at most.
+MAX_STEPS = 100_000
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -44,14 +47,17 @@ class StepRecord:
 
 @dataclass
 class EngineStats:
-    """All steps since the engine started, or since `clear`."""
+    """The steps since the engine started, or since `clear`; of a long run the last ones."""
 
     steps: list[StepRecord] = field(default_factory=list)
 
     def record(self, *, start: float, **what: Any) -> None:
         """Note a step that began at `start` and ends now; `what` are the other fields of StepRecord."""
         seconds = time.perf_counter() - start
-        self.steps.append(StepRecord(step=len(self.steps), start=start, seconds=seconds, **what))
+        if len(self.steps) == 2 * MAX_STEPS:
+            del self.steps[:MAX_STEPS]
+        number = self.steps[-1].step + 1 if self.steps else 0
+        self.steps.append(StepRecord(step=number, start=start, seconds=seconds, **what))
 
     def clear(self) -> None:
         self.steps.clear()

@@ -21,16 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 class LLMEngine:
-    """Serves many requests at once: at every step, those that run get a token, or a part of their prompt computed.
+    """Serves many requests at once.
 
     Raises:
         ValueError: a checkpoint or an option that cannot be used; the message says what to change.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        folder = resolve_model(config.model, config.revision)
+        folder = resolve_model(config.model, config.revision, with_weights=config.load_format != "dummy")
         self.hf_config = load_hf_config(folder)
-        self.tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else folder)
+        self.tokenizer = load_tokenizer(
+            resolve_model(config.tokenizer, with_weights=False) if config.tokenizer else folder
+        )
         self.core = EngineCore(config, folder, self.hf_config)
         self.worker = self.core.worker
         self.config = self.core.config

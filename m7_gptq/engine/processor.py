@@ -69,9 +69,13 @@ class InputProcessor:
         text, token_ids = self._tokenize(prompt)
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one token")
-        for token in [*token_ids, *(params.stop_token_ids or ()), *(params.logit_bias or ())]:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})")
+        stop_token_ids, logit_bias = params.stop_token_ids or (), params.logit_bias or ()
+        for name, ids in (("the prompt", token_ids), ("stop_token_ids", stop_token_ids), ("logit_bias", logit_bias)):
+            for token in ids:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"token id {token} in {name} is not in the vocabulary (0 to {self.vocab_size - 1})"
+                    )
         room = self.max_model_len - len(token_ids)
         if room < 1:
             raise ValueError(

@@ -52,6 +52,7 @@ class GPUWorker:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # Triton launches on the current device
         self.dtype = resolve_dtype(config.dtype, hf_config)
+        positions = resolve_max_model_len(config.max_model_len, hf_config)
         options = config.load_format, config.seed, config.quantization
         model = self.model = load_model(folder, hf_config, self.dtype, self.device, *options)
         self.layers = [module for module in model.modules() if isinstance(module, Attention)]
@@ -62,7 +63,7 @@ class GPUWorker:
             layer.backend = self.backend
         max_num_seqs = config.max_num_seqs or min(_DEFAULT_NUM_SEQS, config.max_num_batched_tokens or _DEFAULT_NUM_SEQS)
         self.block_size = config.block_size or self.backend.preferred_block_size(self.device)
-        self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, hf_config, max_num_seqs)
+        self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, positions, max_num_seqs)
         self.num_slots = num_blocks * self.block_size
         self._initialize_kv_cache(self.num_slots)
         self.config = replace(
@@ -97,9 +98,8 @@ class GPUWorker:
             logger.info("CUDA graphs: %d sizes, %.1f s, %.0f MiB", len(sizes), time.perf_counter() - started, mib)
         self.model_runner = ModelRunner(model, input_batch, kv_caches, cuda_graphs)
 
-    def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
+    def _fit_cache(self, config: EngineConfig, positions: int, max_num_seqs: int) -> tuple[int, int, int]:
         """block_size, number of blocks, and max_model_len: what was asked for, and otherwise the most that fits."""
-        positions = resolve_max_model_len(config.max_model_len, hf_config)
         longest = positions
         if not config.enable_chunked_prefill:  # a prompt has to fit in a step
             longest = min(positions, config.max_num_batched_tokens or positions)
@@ -108,8 +108,6 @@ class GPUWorker:
         budget = self._cache_memory(config, -(-longest // block_size) * block_size, max_num_seqs)
         num_tokens = max(budget, 0) // bytes_per_token
         if not config.enable_paged_kv:
-            if config.block_size is not None:
-                raise ValueError("block_size goes with enable_paged_kv=True only: without, a block is a whole sequence")
             if config.max_model_len is None:
                 longest = max(2, min(longest, _COMFORTABLE_MODEL_LEN, num_tokens))
             block_size = max(longest, min(-(-longest // 256) * 256, num_tokens))
@@ -170,7 +168,7 @@ class GPUWorker:
         lens = [1] * max_num_seqs
         for i in range(max_num_seqs):
             lens[i] += min(longest - 1, num_tokens - sum(lens))
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lens])
+        positions = torch.zeros(sum(lens), dtype=torch.int64, device=self.device)  # any will do
         lens_tensor = torch.tensor(lens, dtype=torch.int32, device=self.device)
         seq_lens = lens_tensor.clone()
         seq_lens[0] = longest  # it may be the last chunk of a long prompt

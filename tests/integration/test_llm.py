@@ -91,7 +91,7 @@ def test_empty_prompt(llm: Any, greedy: Any, prompt: Any) -> None:
 
 @pytest.mark.parametrize("token", [-1, VOCAB_SIZE, 10**12])
 def test_token_id_out_of_the_vocabulary(llm: Any, greedy: Any, token: int) -> None:
-    with pytest.raises(ValueError, match=f"token id {token} is not in the vocabulary .*{VOCAB_SIZE - 1}"):
+    with pytest.raises(ValueError, match=f"token id {token} in the prompt is not in the vocabulary .*{VOCAB_SIZE - 1}"):
         llm.generate([1, token, 2], greedy, use_tqdm=False)
 
 
@@ -100,7 +100,7 @@ def test_the_last_token_id_is_in_the_vocabulary(llm: Any, greedy: Any) -> None:
 
 
 def test_stop_token_id_out_of_the_vocabulary(stage: ModuleType, llm: Any) -> None:
-    with pytest.raises(ValueError, match=f"token id {VOCAB_SIZE} is not in the vocabulary"):
+    with pytest.raises(ValueError, match=f"token id {VOCAB_SIZE} in stop_token_ids is not in the vocabulary"):
         llm.generate(TEXT, stage.SamplingParams(stop_token_ids=[1, VOCAB_SIZE]), use_tqdm=False)
 
 

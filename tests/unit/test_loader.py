@@ -320,6 +320,27 @@ def test_only_what_is_needed_is_downloaded(
     assert loader.resolve_model("Qwen/Qwen3-0.6B", "v1.0") == tmp_path
     assert calls == [("Qwen/Qwen3-0.6B", "v1.0")]
     assert sorted(fetched) == sorted(needed)
+    fetched.clear()
+    assert loader.resolve_model("Qwen/Qwen3-0.6B", with_weights=False) == tmp_path
+    assert sorted(fetched) == sorted(name for name in needed if not name.endswith(".safetensors"))
+
+
+def test_weights_that_nobody_reads_are_not_downloaded(
+    stage: ModuleType, checkpoint_path: CheckpointPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint_path("qwen3")
+    loader = submodule(stage, "model_executor.model_loader")
+    patterns: dict[str, list[str]] = {}
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
+        patterns[repo_id] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(loader, "snapshot_download", snapshot_download)
+    load_llm(stage, "someone/shape", tokenizer="someone/tokenizer", load_format="dummy").close()
+    load_llm(stage, "someone/model", tokenizer="someone/tokenizer").close()
+    assert {name for name, allowed in patterns.items() if "*.safetensors" in allowed} == {"someone/model"}
+    assert len(patterns) == 3
 
 
 def test_a_downloaded_snapshot_runs(

@@ -72,12 +72,12 @@ def test_find_stop_string_by_hand(
 @pytest.mark.parametrize(
     ("prompt", "arguments", "message"),
     [
-        ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, f"token id {VOCAB_SIZE} is not in the vocabulary"),
-        ([1], {"logit_bias": {0: 1.0, 10**9: 1.0}}, "token id 1000000000 is not in the vocabulary"),
-        ([1], {"stop_token_ids": [VOCAB_SIZE]}, f"token id {VOCAB_SIZE} is not in the vocabulary"),
-        ([1], {"stop_token_ids": [0, -1]}, "token id -1 is not in the vocabulary"),
-        ([1, VOCAB_SIZE], {}, f"token id {VOCAB_SIZE} is not in the vocabulary"),
-        ([-1], {}, "token id -1 is not in the vocabulary"),
+        ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, f"token id {VOCAB_SIZE} in logit_bias is not in the vocabulary"),
+        ([1], {"logit_bias": {0: 1.0, 10**9: 1.0}}, "token id 1000000000 in logit_bias is not in the vocabulary"),
+        ([1], {"stop_token_ids": [VOCAB_SIZE]}, f"token id {VOCAB_SIZE} in stop_token_ids is not in the vocabulary"),
+        ([1], {"stop_token_ids": [0, -1]}, "token id -1 in stop_token_ids is not in the vocabulary"),
+        ([1, VOCAB_SIZE], {}, f"token id {VOCAB_SIZE} in the prompt is not in the vocabulary"),
+        ([-1], {}, "token id -1 in the prompt is not in the vocabulary"),
         ([1] * 64, {}, "the prompt has 64 tokens and max_model_len is 64"),
         ([], {}, "the prompt is empty"),
         ("", {}, "the prompt is empty"),

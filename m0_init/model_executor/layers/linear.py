@@ -52,10 +52,6 @@ class MergedLinear(Linear):
         self.output_sizes = list(output_sizes)
         self.offsets = [0, *accumulate(output_sizes)]
 
-    def weight_loader(self, name: str, loaded_weight: torch.Tensor, shard_id: int) -> None:
-        rows = slice(self.offsets[shard_id], self.offsets[shard_id + 1])
-        copy_weight(self.get_parameter(name)[rows], loaded_weight)
-
 
 def copy_weight(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
     """Copy with conversion of dtype and device, and never with broadcasting.

@@ -136,13 +136,12 @@ class Scheduler:
 
         That departs from vLLM, where priority orders the queue, and a running sequence keeps running.
         """
-        if len(self.running) < self.max_num_seqs:
-            return True
-        victim = max(self.running, key=urgency)
-        if self.policy != "priority" or victim.request.priority <= seq.request.priority:
-            return False
-        self._preempt(victim)
-        self.num_preemptions["urgent"] += 1
+        while len(self.running) >= self.max_num_seqs:
+            victim = max(self.running, key=urgency)
+            if self.policy != "priority" or victim.request.priority <= seq.request.priority:
+                return False
+            self._preempt(victim)
+            self.num_preemptions["urgent"] += 1
         return True
 
     def _preempt(self, seq: Sequence) -> None:

@@ -62,7 +62,7 @@ class Scheduler:
         self.num_preemptions: Counter[str] = Counter()
         self._seqs: dict[str, Sequence] = {}  # unfinished
         self._retired: list[str] = []
-        self._forked: list[Sequence] = []  # in the step that is under way
+        self._forked: list[Sequence] = []  # and have not run yet
         self._num_scheduled_tokens: dict[str, int] = {}  # in the step that is being scheduled
         self._token_budget = 0  # what is left of its tokens,
         self._prefill_budget = 0  # and of those for whoever has more than one to compute
@@ -152,7 +152,7 @@ class Scheduler:
             if seq.is_finished:
                 self._forget(seq)
         self.running = [seq for seq in self.running if not seq.is_finished]
-        self._forked = []
+        self._forked = [seq for seq in self._forked if seq.num_output_tokens == 0 and not seq.is_finished]
         return outputs
 
     def undo(self, scheduled: SchedulerOutput) -> None:

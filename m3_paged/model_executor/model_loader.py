@@ -197,12 +197,16 @@ def checkpoint_names(model: LlamaForCausalLM) -> dict[str, tuple[nn.Module, str,
     """{name in the checkpoint: (module, its parameter, which shard of it)} for every tensor that the model needs."""
     names = {}
     for path, module in model.named_modules():
-        parent, _, leaf = path.rpartition(".")
-        for shard_id, shard in enumerate(model.packed_modules_mapping.get(leaf, [leaf])):
+        for shard_id, prefix in enumerate(shard_names(model, path)):
             for param_name, _ in module.named_parameters(recurse=False):
-                prefix = f"{parent}.{shard}" if parent else shard
                 names[f"{prefix}.{param_name}"] = (module, param_name, shard_id)
     return names
+
+
+def shard_names(model: LlamaForCausalLM, path: str) -> list[str]:
+    """The checkpoint's names for the module at `path`: several where several are stacked in it."""
+    parent, _, leaf = path.rpartition(".")
+    return [f"{parent}.{shard}" if parent else shard for shard in model.packed_modules_mapping.get(leaf, [leaf])]
 
 
 def _is_ignorable(name: str, model: LlamaForCausalLM) -> bool:

@@ -60,14 +60,8 @@ class GPUWorker:
         for layer in self.layers:
             layer.backend = self.backend
         max_num_seqs = config.max_num_seqs or min(_DEFAULT_NUM_SEQS, config.max_num_batched_tokens or _DEFAULT_NUM_SEQS)
-<<<<<<< m4_flash
         self.block_size = config.block_size or self.backend.preferred_block_size(self.device)
         self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, positions, max_num_seqs)
-||||||| m3_paged before
-        self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, hf_config, max_num_seqs)
-=======
-        self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, positions, max_num_seqs)
->>>>>>> m3_paged
         self.num_slots = num_blocks * self.block_size
         self._initialize_kv_cache(self.num_slots)
         self.config = replace(
@@ -94,7 +88,6 @@ class GPUWorker:
         max_blocks_per_seq = -(-self.max_model_len // self.block_size)
         input_batch = InputBatch(max_num_seqs, max_blocks_per_seq, self.block_size, hf_config.vocab_size, self.device)
         kv_caches = [cache for layer in self.layers for cache in (layer.k_cache, layer.v_cache)]
-<<<<<<< m4_flash
         cuda_graphs = self._cuda_graphs(config, max_num_seqs, self.max_model_len, self.num_slots)
         if cuda_graphs is not None:
             started = time.perf_counter()
@@ -103,15 +96,6 @@ class GPUWorker:
         self.model_runner = ModelRunner(model, input_batch, kv_caches, cuda_graphs)
 
     def _fit_cache(self, config: EngineConfig, positions: int, max_num_seqs: int) -> tuple[int, int, int]:
-||||||| m3_paged before
-        self.model_runner = ModelRunner(model, input_batch, kv_caches)
-
-    def _fit_cache(self, config: EngineConfig, hf_config: PretrainedConfig, max_num_seqs: int) -> tuple[int, int, int]:
-=======
-        self.model_runner = ModelRunner(model, input_batch, kv_caches)
-
-    def _fit_cache(self, config: EngineConfig, positions: int, max_num_seqs: int) -> tuple[int, int, int]:
->>>>>>> m3_paged
         """block_size, number of blocks, and max_model_len: what was asked for, and otherwise the most that fits."""
         longest = min(positions, config.max_num_batched_tokens or positions)
         block_size = self.block_size

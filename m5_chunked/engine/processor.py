@@ -116,11 +116,8 @@ class InputProcessor:
 
     def _find_eos_token_ids(self, hf_config: PretrainedConfig) -> tuple[int, ...]:
         """The ids that end a text: generation_config.json's, else config.json's, else the tokenizer's."""
-        for eos in (
-            self.generation_config.get("eos_token_id"),
-            hf_config.eos_token_id,
-            self.tokenizer.eos_token_id,
-        ):
+        suggested = self.generation_config.get("eos_token_id")
+        for eos in (suggested, hf_config.eos_token_id, self.tokenizer.eos_token_id):
             if eos is not None:
                 return tuple(eos) if isinstance(eos, list) else (eos,)
         return ()

@@ -46,12 +46,7 @@ class Attention(nn.Module):
         self.k_norm = k_norm
 
     def forward(
-        self,
-        rotation: Rotation,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        metadata: AttentionMetadata,
+        self, rotation: Rotation, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         """rotation of T tokens, q [T, num_heads * head_dim], k and v [T, num_kv_heads * head_dim] -> like q."""
         q = q.view(-1, self.num_heads, self.head_dim)

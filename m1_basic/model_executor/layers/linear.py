@@ -24,6 +24,8 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.output_sizes = [out_features]
+        self.offsets = [0, out_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -37,7 +39,8 @@ class Linear(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        copy_weight(self.get_parameter(name), loaded_weight)
+        start, stop = self.offsets[shard_id : shard_id + 2]
+        copy_weight(self.get_parameter(name)[start:stop], loaded_weight)
 
 
 class MergedLinear(Linear):
@@ -51,10 +54,6 @@ class MergedLinear(Linear):
         super().__init__(in_features, sum(output_sizes), bias)
         self.output_sizes = list(output_sizes)
         self.offsets = [0, *accumulate(output_sizes)]
-
-    def weight_loader(self, name: str, loaded_weight: torch.Tensor, shard_id: int) -> None:
-        rows = slice(self.offsets[shard_id], self.offsets[shard_id + 1])
-        copy_weight(self.get_parameter(name)[rows], loaded_weight)
 
 
 def copy_weight(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:

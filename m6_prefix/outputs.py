@@ -83,7 +83,7 @@ class Logprob:
 
 @dataclass
 class ModelRunnerOutput:
-    """One step's draws, on the host. Rows are the sequences that ran, in order.
+    """One step's draws, on the host. Rows are the sequences that a token was drawn for, in order.
 
     Attributes:
         token_ids: a token for each row.

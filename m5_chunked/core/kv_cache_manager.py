@@ -38,13 +38,15 @@ class KVCacheManager:
 
     def num_used_slots(self, seqs: list[Sequence]) -> int:
         """Slots that hold a token of one of `seqs`, which are all that hold blocks."""
-        # Only a sequence's last block has empty slots. Those that share it differ by a token at most, and whoever has
-        # come furthest counts.
-        empty: dict[int, int] = {}
+        # Only a last block has empty slots, as many as whoever has come furthest in it leaves; and none, if it is in the
+        # middle of somebody's table.
+        empty: dict[int, list[int]] = {}
         for seq in seqs:
             num_empty = len(seq.block_table) * self.block_size - seq.num_computed_tokens
-            empty[seq.block_table[-1]] = min(num_empty, empty.get(seq.block_table[-1], num_empty))
-        return self.num_used_blocks * self.block_size - sum(empty.values())
+            empty.setdefault(seq.block_table[-1], []).append(num_empty)
+        blocks = self.block_pool.blocks
+        num_empty = sum(min(nums) for block_id, nums in empty.items() if blocks[block_id].ref_cnt == len(nums))
+        return self.num_used_blocks * self.block_size - num_empty
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that so many tokens fill, the last one perhaps in part."""

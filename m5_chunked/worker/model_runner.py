@@ -19,7 +19,7 @@ class ModelRunner:
     Args:
         model: with its attention layers' caches bound.
         kv_caches: all of these, K and V of every layer.
-        cuda_graphs: recorded decode steps; None: every step is launched kernel by kernel.
+        cuda_graphs: recorded steps; None: every step is launched kernel by kernel.
     """
 
     def __init__(

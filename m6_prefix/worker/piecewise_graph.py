@@ -40,7 +40,7 @@ class PiecewiseGraph(AttentionBackend):
         self.backend = layers[0].backend
         self.q, self.out = q, out
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        self.hidden = out
+        self.hidden: torch.Tensor  # [T, H], once it is recorded
         self.pool: Any = None
 
     def run(self, forward: Callable[[], torch.Tensor], pool: Any = None) -> None:
@@ -63,12 +63,7 @@ class PiecewiseGraph(AttentionBackend):
                 layer.backend = self.backend
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         """A piece ends here, and the next one begins."""
         self.q[: len(q)] = q

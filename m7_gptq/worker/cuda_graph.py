@@ -64,10 +64,10 @@ class CUDAGraphRunner:
         self.spare_slot = spare_slot
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.hidden: dict[int, torch.Tensor] = {}  # [size, H], where each graph leaves them
-        # What all graphs read, a graph of n rows the first n.
         self.token_sizes = sorted(set(token_sizes))
         most, device = self.sizes[-1], next(model.parameters()).device
         most_tokens = max([most, *self.token_sizes])
+        # What all graphs read, a graph of n rows the first n.
         self.input_ids = torch.zeros(most_tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(most_tokens, dtype=torch.int64, device=device)
         self.slot_mapping = torch.full((most_tokens,), spare_slot, dtype=torch.int64, device=device)
@@ -77,8 +77,8 @@ class CUDAGraphRunner:
         self.piecewise: dict[int, PiecewiseGraph] = {}
         if self.token_sizes:
             layers = [module for module in model.modules() if isinstance(module, Attention)]
-            q = layers[0].k_cache.new_zeros(2, most_tokens, layers[0].num_heads, layers[0].head_dim)
-            self.piecewise = {size: PiecewiseGraph(layers, *q) for size in self.token_sizes}
+            q, out = layers[0].k_cache.new_zeros(2, most_tokens, layers[0].num_heads, layers[0].head_dim)
+            self.piecewise = {size: PiecewiseGraph(layers, q, out) for size in self.token_sizes}
 
     @torch.inference_mode()
     def capture(self) -> int:

@@ -26,18 +26,11 @@ class PagedBackend(NaiveBackend):
     supports_cuda_graph = True
 
     @classmethod
-    def unsupported_reason(
-        cls, dtype: torch.dtype, head_dim: int, block_size: int | None, device: torch.device
-    ) -> str | None:
+    def unsupported_reason(cls, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         return "triton is missing (pip install triton)" if device.type == "cuda" and triton is None else None
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         if metadata.max_query_len == 1:
             return decode(q, k_cache, v_cache, metadata, scale)

@@ -28,12 +28,7 @@ class NaiveBackend(AttentionBackend):
     name = "naive"
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         if metadata.max_query_len == 1 and q.device.type == "cpu":
             return decode_one_by_one(q, k_cache, v_cache, metadata, scale)

@@ -34,24 +34,13 @@ class AttentionBackend(ABC):
         return 16
 
     @classmethod
-    def unsupported_reason(
-        cls, dtype: torch.dtype, head_dim: int, block_size: int | None, device: torch.device
-    ) -> str | None:
-        """Why it cannot serve these, and what would help; None if it can.
-
-        Args:
-            block_size: None: the preferred one.
-        """
+    def unsupported_reason(cls, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+        """Why it cannot serve these, and what would help; None if it can."""
         return None
 
     @abstractmethod
     def forward(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         """Causal attention of every sequence's new queries over everything cached of it, themselves included.
 
@@ -78,7 +67,7 @@ def select_backend(
     from .torch_naive import NaiveBackend
 
     candidates: list[type[AttentionBackend]] = [FlashAttentionBackend, PagedBackend, NaiveBackend]
-    reasons = {c.name: c.unsupported_reason(dtype, head_dim, block_size, device) for c in candidates}
+    reasons = {c.name: c.unsupported_reason(dtype, head_dim, device) for c in candidates}
     if name != "auto" and reasons[name] is not None:
         raise ValueError(f"attention_backend={name!r} cannot serve: {reasons[name]}; use 'auto', or change that")
     chosen = next(c for c in candidates if c.name == name or (name == "auto" and reasons[c.name] is None))

@@ -36,9 +36,7 @@ class FlashAttentionBackend(AttentionBackend):
         return _PAGE_MULTIPLE if device.type == "cuda" else super().preferred_block_size(device)
 
     @classmethod
-    def unsupported_reason(
-        cls, dtype: torch.dtype, head_dim: int, block_size: int | None, device: torch.device
-    ) -> str | None:
+    def unsupported_reason(cls, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
         if device.type == "cpu":
             return None
         if dtype not in (torch.float16, torch.bfloat16):
@@ -56,12 +54,7 @@ class FlashAttentionBackend(AttentionBackend):
         return None
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        scale: float,
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         attend = partial(padded_attention, attend=_attend_sdpa) if q.device.type == "cpu" else _flash_attn
         return decode_apart(q, k_cache, v_cache, metadata, scale, attend)

@@ -63,18 +63,10 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Keys and values go into the cache; q comes back, ready to be used."""
         if fused.is_available(q):
-            return fused.norm_rotate_write(
-                q,
-                k,
-                v,
-                None if self.q_norm is None else self.q_norm.weight,
-                None if self.k_norm is None else self.k_norm.weight,
-                0.0 if self.q_norm is None else self.q_norm.eps,
-                rotation,
-                self.k_cache,
-                self.v_cache,
-                metadata.slot_mapping,
-            )
+            norms: tuple[torch.Tensor | None, torch.Tensor | None, float] = None, None, 0.0
+            if self.q_norm is not None and self.k_norm is not None:
+                norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            return fused.norm_rotate_write(q, k, v, *norms, rotation, self.k_cache, self.v_cache, metadata.slot_mapping)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, k, rotation)

@@ -49,6 +49,7 @@ class EngineConfig:
         gpu_memory_utilization: share of the GPU's memory that weights, activations and cache may take together.
         enforce_eager: True: no CUDA graphs.
         cuda_graph_sizes: batch sizes of decode steps to record as CUDA graphs; None: a ladder up to max_num_seqs.
+        async_scheduling: launch decode steps before the tokens of the step before are known; None: on CUDA.
 
     Raises:
         TypeError: an unknown option.
@@ -76,6 +77,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     cuda_graph_sizes: list[int] | None = None
+    async_scheduling: bool | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> EngineConfig:
         check_option_names(cls.__name__, options, [field.name for field in fields(cls)])

@@ -50,6 +50,7 @@ class EngineConfig:
         gpu_memory_utilization: share of the GPU's memory that weights, activations and cache may take together.
         enforce_eager: True: no CUDA graphs.
         cuda_graph_sizes: batch sizes of decode steps to record as CUDA graphs; None: a ladder up to max_num_seqs.
+        async_scheduling: launch decode steps before the tokens of the step before are known; None: on CUDA.
         enable_chunked_prefill: False: a prompt is computed in one step, and no decode takes part in it.
         max_chunk_size: most tokens of one prompt in a step, while others are there; None: 2,048.
         chunk_policy: "fixed", or "dynamic": prompt tokens of a step such that it lasts target_step_time_ms.
@@ -83,6 +84,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     cuda_graph_sizes: list[int] | None = None
+    async_scheduling: bool | None = None
     enable_chunked_prefill: bool = True
     max_chunk_size: int | None = None
     chunk_policy: str = "fixed"

@@ -141,3 +141,9 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether something about a draw is done on the host, or takes tokens that were drawn before."""
+        rows = self.logit_bias, self.min_tokens, self.logits_processors, self.logprobs is not None
+        return self.has_penalties or any(rows)

@@ -38,7 +38,7 @@ class KVCacheManager:
 
     def num_used_slots(self, seqs: list[Sequence]) -> int:
         """Slots that hold a token of one of `seqs`, which are all that hold blocks."""
-        # Only a last block has empty slots, as many as whoever has come furthest in it leaves; and none, if it is in the
+        # Only a last block has empty slots: as many as whoever has come furthest in it leaves, and none if it is in the
         # middle of somebody's table.
         empty: dict[int, list[int]] = {}
         for seq in seqs:

@@ -58,8 +58,7 @@ class GPUWorker:
             layer.backend = naive_attention if config.attention_backend == "naive" else paged_attention
         max_num_seqs = config.max_num_seqs or min(_DEFAULT_NUM_SEQS, config.max_num_batched_tokens or _DEFAULT_NUM_SEQS)
         self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, positions, max_num_seqs)
-        self.num_slots = num_blocks * self.block_size
-        self._initialize_kv_cache(self.num_slots)
+        self._initialize_kv_cache(num_blocks * self.block_size)
         self.config = replace(
             config,
             device=str(self.device),
@@ -185,6 +184,7 @@ class GPUWorker:
 
         They are not cleared: no slot is read before it is written, and only what is written takes memory on a CPU.
         """
+        self.num_slots = num_slots
         for layer in self.layers:
             shape = (num_slots + 1, layer.num_kv_heads, layer.head_dim)
             layer.k_cache = torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -11,6 +11,7 @@ from ..core.sched.output import SchedulerOutput
 from ..core.sched.scheduler import Scheduler
 from ..outputs import SequenceOutput
 from ..worker.gpu_worker import GPUWorker
+from ..worker.model_runner import AsyncModelRunnerOutput
 
 
 class EngineCore:
@@ -27,13 +28,28 @@ class EngineCore:
         self.worker = GPUWorker(config, folder, hf_config)
         self.config = self.worker.config
         self.scheduler = Scheduler(self.config)
+        self._ahead: tuple[SchedulerOutput, AsyncModelRunnerOutput] | None = None  # a step that is under way
 
     def step(self) -> tuple[SchedulerOutput, list[SequenceOutput]]:
-        """One iteration: choose who runs, run them, take in what they said."""
-        scheduled = self.scheduler.schedule()
+        """One iteration: choose who runs, run them, take in what they said.
+
+        With async_scheduling the next step is launched before that, if it can be: the device has work while the host
+        takes in this one's tokens, makes text of them, and does what its user does between two steps.
+        """
+        scheduled, output = self._ahead or self._launch(self.scheduler.schedule())
+        self._ahead = None
         try:
-            sampled = self.worker.model_runner.execute_model(scheduled)
-            return scheduled, self.scheduler.update_from_output(scheduled, sampled)
+            if self.config.async_scheduling and (ahead := self.scheduler.schedule_ahead(scheduled)) is not None:
+                self._ahead = self._launch(ahead)
+            return scheduled, self.scheduler.update_from_output(scheduled, output.get_output())
+        except BaseException:
+            self._ahead = None
+            self.scheduler.undo(scheduled)
+            raise
+
+    def _launch(self, scheduled: SchedulerOutput) -> tuple[SchedulerOutput, AsyncModelRunnerOutput]:
+        try:
+            return scheduled, self.worker.model_runner.execute_model(scheduled)
         except BaseException:
             self.scheduler.undo(scheduled)
             raise

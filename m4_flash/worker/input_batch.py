@@ -41,7 +41,8 @@ class InputBatch:
         self.rows: dict[str, int] = {}
         self.num_blocks: dict[str, int] = {}
         self.block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
-        self._staging = torch.empty(0, dtype=torch.uint8)  # on the host, where the device can read it by itself
+        # On the host, where the device can read them by itself: this step's and, while that is copied, the next one's.
+        self._staging = [torch.empty(0, dtype=torch.uint8)] * 2
         self._free_rows = list(reversed(range(max_num_seqs)))
         self._sampled_seqs: list[Sequence] = []  # of the step before
         self._sampling: SamplingMetadata | None = None  # theirs
@@ -68,19 +69,23 @@ class InputBatch:
         """What the model runs on.
 
         Returns:
-            input_ids int64 [T], positions int64 [T], how they divide into sequences, and of each sequence, int64 [N]:
-            the row after which its next token is drawn, and that token's position.
+            input_ids int64 [T] (with source_rows: where the step before draws them), positions int64 [T], how they
+            divide into sequences, and of each sequence, int64 [N]: the row after which its next token is drawn, and
+            that token's position.
         """
         query_lens = np.array([scheduled.num_scheduled_tokens[seq.seq_id] for seq in scheduled.seqs])  # [N]
         seq_lens = np.array([seq.num_computed_tokens for seq in scheduled.seqs])  # [N]
         query_start_loc = np.concatenate([[0], query_lens.cumsum()])  # [N + 1]
         seq_index = np.repeat(np.arange(len(query_lens)), query_lens)  # [T]
         positions = np.arange(len(seq_index)) + (seq_lens - query_start_loc[1:])[seq_index]  # [T]
-        new_tokens = [
-            seq.token_ids[seq_len - query_len : seq_len]
-            for seq, query_len, seq_len in zip(scheduled.seqs, query_lens.tolist(), seq_lens.tolist(), strict=True)
-        ]
-        input_ids = np.fromiter(chain.from_iterable(new_tokens), dtype=np.int64, count=len(seq_index))
+        if scheduled.source_rows is not None:
+            input_ids = np.array(scheduled.source_rows)  # where the tokens are
+        else:
+            new_tokens = [
+                seq.token_ids[seq_len - query_len : seq_len]
+                for seq, query_len, seq_len in zip(scheduled.seqs, query_lens.tolist(), seq_lens.tolist(), strict=True)
+            ]
+            input_ids = np.fromiter(chain.from_iterable(new_tokens), dtype=np.int64, count=len(seq_index))
         rows = [self.rows[seq.seq_id] for seq in scheduled.seqs]
         num_columns = -(-int(seq_lens.max()) // self.block_size)
         block_table = self.block_table[rows, :num_columns]
@@ -89,25 +94,29 @@ class InputBatch:
         )
         samples = query_start_loc[1:] - 1, seq_lens
         ends = query_start_loc.astype(np.int32), seq_lens.astype(np.int32)
-        sent = self._to_device(input_ids, positions, slot_mapping.numpy(), *samples, *ends, block_table)
+        ids, at, slots, logits_indices, sample_positions, starts, lens, table = self._to_device(
+            input_ids, positions, slot_mapping.numpy(), *samples, *ends, block_table
+        )
         metadata = AttentionMetadata(
-            query_start_loc=sent[5],
-            seq_lens=sent[6],
+            query_start_loc=starts,
+            seq_lens=lens,
             max_query_len=int(query_lens.max()),
             max_seq_len=int(seq_lens.max()),
-            slot_mapping=sent[2],
-            block_table=sent[7],
+            slot_mapping=slots,
+            block_table=table,
             block_size=self.block_size,
         )
-        return sent[0], sent[1], metadata, sent[3], sent[4]
+        return ids, at, metadata, logits_indices, sample_positions
 
     def _to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
         """The arrays in one copy, for which nobody waits here: it is done before the step's tokens are."""
         num_bytes = sum(array.nbytes for array in arrays)
-        if num_bytes > len(self._staging):
-            self._staging = torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.concatenate([array.ravel().view(np.uint8) for array in arrays], out=self._staging[:num_bytes].numpy())
-        packed = self._staging[:num_bytes].to(self.device, non_blocking=True, copy=True)
+        self._staging.reverse()
+        if num_bytes > len(self._staging[0]):
+            self._staging[0] = torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        staging = self._staging[0][:num_bytes]
+        np.concatenate([array.ravel().view(np.uint8) for array in arrays], out=staging.numpy())
+        packed = staging.to(self.device, non_blocking=True, copy=True)
         parts = packed.split([array.nbytes for array in arrays])
         return [p.view(torch.from_numpy(a).dtype).view(a.shape) for p, a in zip(parts, arrays, strict=True)]
 

@@ -63,8 +63,7 @@ class GPUWorker:
         max_num_seqs = config.max_num_seqs or min(_DEFAULT_NUM_SEQS, config.max_num_batched_tokens or _DEFAULT_NUM_SEQS)
         self.block_size = config.block_size or self.backend.preferred_block_size(self.device)
         self.block_size, num_blocks, self.max_model_len = self._fit_cache(config, positions, max_num_seqs)
-        self.num_slots = num_blocks * self.block_size
-        self._initialize_kv_cache(self.num_slots)
+        self._initialize_kv_cache(num_blocks * self.block_size)
         self.config = replace(
             config,
             device=str(self.device),
@@ -76,6 +75,7 @@ class GPUWorker:
             max_chunk_size=config.max_chunk_size or _DEFAULT_CHUNK_SIZE,
             block_size=self.block_size,
             num_kv_blocks=num_blocks,
+            async_scheduling=self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         )
         logger.info(
             "KV cache: %s blocks of %s tokens × %d layers = %.0f MiB; "
@@ -221,6 +221,7 @@ class GPUWorker:
 
         They are not cleared: no slot is read before it is written, and only what is written takes memory on a CPU.
         """
+        self.num_slots = num_slots
         for layer in self.layers:
             shape = (num_slots + 1, layer.num_kv_heads, layer.head_dim)
             layer.k_cache = torch.empty(shape, dtype=self.dtype, device=self.device)

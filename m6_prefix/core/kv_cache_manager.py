@@ -49,7 +49,7 @@ class KVCacheManager:
 
     def num_used_slots(self, seqs: list[Sequence]) -> int:
         """Slots that hold a token of one of `seqs`, which are all that hold blocks."""
-        # Only a last block has empty slots, as many as whoever has come furthest in it leaves; and none, if it is in the
+        # Only a last block has empty slots: as many as whoever has come furthest in it leaves, and none if it is in the
         # middle of somebody's table.
         empty: dict[int, list[int]] = {}
         for seq in seqs:
@@ -127,7 +127,8 @@ class KVCacheManager:
             return
         block_size = self.block_size
         for seq in seqs:
-            end, num_new = seq.num_computed_tokens, num_new_tokens[seq.seq_id]
+            # The step after this one may be under way already, with a token that is not known yet.
+            end, num_new = min(seq.num_computed_tokens, seq.num_tokens), num_new_tokens[seq.seq_id]
             if end % block_size < num_new and seq.block_table:  # or it was aborted, and its blocks are gone
                 for index in range((end - num_new) // block_size, end // block_size):
                     self.prefix_cache.add(seq, index, self.block_pool.blocks[seq.block_table[index]])

@@ -12,6 +12,7 @@ from ..core.sched.output import SchedulerOutput
 from ..core.sched.scheduler import Scheduler
 from ..outputs import SequenceOutput
 from ..worker.gpu_worker import GPUWorker
+from ..worker.model_runner import AsyncModelRunnerOutput
 
 
 class EngineCore:
@@ -28,15 +29,33 @@ class EngineCore:
         self.worker = GPUWorker(config, folder, hf_config)
         self.config = self.worker.config
         self.scheduler = Scheduler(self.config)
+        self._ahead: tuple[SchedulerOutput, AsyncModelRunnerOutput] | None = None  # a step that is under way
+        self._ended = 0.0  # when the step before did
 
     def step(self) -> tuple[SchedulerOutput, list[SequenceOutput]]:
-        """One iteration: choose who runs, run them, take in what they said."""
-        started = time.perf_counter()
-        scheduled = self.scheduler.schedule()
+        """One iteration: choose who runs, run them, take in what they said.
+
+        With async_scheduling the next step is launched before that, if it can be: the device has work while the host
+        takes in this one's tokens, makes text of them, and does what its user does between two steps.
+        """
+        started = time.perf_counter() if self._ahead is None else self._ended
+        scheduled, output = self._ahead or self._launch(self.scheduler.schedule())
+        self._ahead = None
         try:
-            sampled = self.worker.model_runner.execute_model(scheduled)
-            self.scheduler.record_step_time(scheduled, time.perf_counter() - started)
+            if self.config.async_scheduling and (ahead := self.scheduler.schedule_ahead(scheduled)) is not None:
+                self._ahead = self._launch(ahead)
+            sampled = output.get_output()
+            self._ended = time.perf_counter()
+            self.scheduler.record_step_time(scheduled, self._ended - started)
             return scheduled, self.scheduler.update_from_output(scheduled, sampled)
+        except BaseException:
+            self._ahead = None
+            self.scheduler.undo(scheduled)
+            raise
+
+    def _launch(self, scheduled: SchedulerOutput) -> tuple[SchedulerOutput, AsyncModelRunnerOutput]:
+        try:
+            return scheduled, self.worker.model_runner.execute_model(scheduled)
         except BaseException:
             self.scheduler.undo(scheduled)
             raise

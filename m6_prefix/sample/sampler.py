@@ -29,6 +29,7 @@ class SamplingMetadata:
         positions: int64 [N]; index of the token to draw within its whole sequence.
         all_greedy: no row needs a draw.
         top_k: int64 [N] in [1, V].
+        max_top_k: the largest of them, or V; None: nobody on the host knows.
         top_p, min_p: float32 [N].
         logit_bias, min_tokens, penalties, logits_processors, logprobs: (row, sequence) of the rows that use it.
     """
@@ -45,6 +46,7 @@ class SamplingMetadata:
     penalties: Rows
     logits_processors: Rows
     logprobs: Rows
+    max_top_k: int | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -59,18 +61,18 @@ class SamplingMetadata:
         params = [seq.request.sampling_params for seq in seqs]
         top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
 
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, device=device)
+        def column(values: list[int] | list[float]) -> torch.Tensor:  # nobody waits: the device may be busy
+            return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
         def rows(uses: Callable[[SamplingParams], bool]) -> Rows:
             return [(row, seq) for row, seq in enumerate(seqs) if uses(seq.request.sampling_params)]
 
         return cls(
             temperature=column([0.0 if p.is_greedy else p.temperature for p in params]),
-            seeds=torch.tensor([seq.seed for seq in seqs], dtype=torch.int64, device=device),
-            positions=torch.tensor([seq.num_tokens for seq in seqs], dtype=torch.int64, device=device),
+            seeds=column([seq.seed for seq in seqs]),
+            positions=column([seq.num_tokens for seq in seqs]),
             all_greedy=all(p.is_greedy for p in params),
-            top_k=torch.tensor(top_k, device=device) if min(top_k) < vocab_size else None,
+            top_k=column(top_k) if min(top_k) < vocab_size else None,
             top_p=column([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None,
             min_p=column([p.min_p for p in params]) if any(p.min_p > 0 for p in params) else None,
             logit_bias=rows(lambda p: bool(p.logit_bias)),
@@ -78,6 +80,7 @@ class SamplingMetadata:
             penalties=rows(lambda p: p.has_penalties),
             logits_processors=rows(lambda p: bool(p.logits_processors)),
             logprobs=rows(lambda p: p.logprobs is not None),
+            max_top_k=max(top_k),
         )
 
 
@@ -128,7 +131,7 @@ class Sampler:
         logits = logits / temperature[:, None]
         if metadata.min_p is not None:
             logits = apply_min_p(logits, metadata.min_p)
-        logits = apply_top_k_top_p(logits, metadata.top_k, metadata.top_p)
+        logits = apply_top_k_top_p(logits, metadata.top_k, metadata.top_p, metadata.max_top_k)
         drawn = draw(logits, random_uniform(metadata.seeds, metadata.positions))
         return torch.where(is_greedy, greedy, drawn)
 

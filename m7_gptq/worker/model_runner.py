@@ -1,4 +1,7 @@
-"""ModelRunner: what was scheduled becomes tensors, tensors become logits, logits become the next tokens."""
+"""ModelRunner: what was scheduled becomes tensors, tensors become logits, logits become the next tokens.
+
+On a GPU all of this is launched and not waited for: the host is free while the device works.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,28 @@ from ..attention.ops import copy_blocks
 from ..core.sched.output import SchedulerOutput
 from ..model_executor.models.llama import LlamaForCausalLM
 from ..outputs import ModelRunnerOutput
-from ..sample.sampler import Sampler
+from ..sample.sampler import Sampler, SamplerOutput
 from .cuda_graph import CUDAGraphRunner
 from .input_batch import InputBatch
+
+
+class AsyncModelRunnerOutput:
+    """What a step draws, while the device may be busy with it."""
+
+    def __init__(self, sampled: SamplerOutput) -> None:
+        self._sampled = sampled
+        # Under way from now on: after the launch of another step it would wait for that.
+        self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if sampled.token_ids.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Waits until it is there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        logprobs = self._sampled.logprobs.tolists() if self._sampled.logprobs else {}
+        return ModelRunnerOutput(self._token_ids.tolist(), logprobs, self._sampled.errors)
 
 
 class ModelRunner:
@@ -34,26 +56,24 @@ class ModelRunner:
         self.sampler = Sampler()
         self.kv_caches = kv_caches
         self.cuda_graphs = cuda_graphs
+        self._token_ids: torch.Tensor  # int64 [N], that the last step drew
 
     @torch.inference_mode()
-    def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
+    def execute_model(self, scheduled: SchedulerOutput) -> AsyncModelRunnerOutput:
         """One forward pass over the scheduled tokens, and one draw for each sequence that has no more to compute."""
         if scheduled.block_copies:
             copy_blocks(self.kv_caches, scheduled.block_copies, self.input_batch.block_size)
         self.input_batch.update(scheduled)
         input_ids, positions, metadata, logits_indices, sample_positions = self.input_batch.prepare_inputs(scheduled)
-        sampling = None
-        if scheduled.sampled_seqs:  # before the forward pass: what is sent to a device that is busy waits for it
-            sampling = self.input_batch.sampling_metadata(scheduled.sampled_seqs, sample_positions)
+        if scheduled.source_rows is not None:
+            input_ids = self._token_ids[input_ids]
         if self.cuda_graphs is not None and self.cuda_graphs.can_run(metadata):
             hidden = self.cuda_graphs.replay(input_ids, positions, metadata)
         else:
             hidden = self.model(input_ids, positions, metadata)
-        if sampling is None:
-            if hidden.device.type == "cuda":  # no token to wait for, but the next step stages its inputs anew
-                torch.cuda.synchronize(hidden.device)
-            return ModelRunnerOutput([], {}, {})
+        if not scheduled.sampled_seqs:
+            return AsyncModelRunnerOutput(SamplerOutput(logits_indices))  # there are none, and so no tokens
         logits = self.model.compute_logits(hidden[logits_indices])  # [S, V]
-        sampled = self.sampler(logits, sampling)
-        logprobs = sampled.logprobs.tolists() if sampled.logprobs else {}
-        return ModelRunnerOutput(sampled.token_ids.tolist(), logprobs, sampled.errors)
+        sampled = self.sampler(logits, self.input_batch.sampling_metadata(scheduled.sampled_seqs, sample_positions))
+        self._token_ids = sampled.token_ids
+        return AsyncModelRunnerOutput(sampled)

@@ -18,6 +18,7 @@ class SchedulerOutput:
         is_prefill: whether these are newly admitted, or else in the middle of their output.
         retired_seq_ids: sequences that finished or were preempted since the step before.
         block_copies: (from, to): blocks of the cache to be copied before the forward pass.
+        source_rows: of the step before, whose tokens these compute and only the device knows; None: they are known.
     """
 
     seqs: list[Sequence]
@@ -25,6 +26,7 @@ class SchedulerOutput:
     is_prefill: bool
     retired_seq_ids: list[str]
     block_copies: list[tuple[int, int]]
+    source_rows: list[int] | None = None
 
     @property
     def total_num_scheduled_tokens(self) -> int:

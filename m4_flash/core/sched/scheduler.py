@@ -9,6 +9,7 @@ starts over after a preemption differ in nothing but how many tokens are still t
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from ...config import EngineConfig
 from ...outputs import ModelRunnerOutput, SequenceOutput
@@ -70,14 +71,37 @@ class Scheduler:
         if not admitted:
             self._allocate_for_running()
         seqs = admitted or list(self.running)
-        num_scheduled_tokens = {seq.seq_id: num_tokens_left(seq) for seq in seqs}
+        return self._make_output(seqs, {seq.seq_id: num_tokens_left(seq) for seq in seqs}, is_prefill=bool(admitted))
+
+    def schedule_ahead(self, scheduled: SchedulerOutput) -> SchedulerOutput | None:
+        """The step after `scheduled`, before the tokens of that are known: all that run compute theirs, unseen.
+
+        Whoever turns out to have ended has computed one too many. None where there is more to decide than that, and the
+        next `schedule` has to: somebody could come in, or did not take part, or lacks a block, or draws on the host.
+        """
+        rows = {seq.seq_id: row for row, seq in enumerate(scheduled.seqs)}
+        seqs = [seq for seq in self.running if seq.num_output_tokens + 1 < seq.request.max_tokens]
+        if self.waiting and (len(seqs) < self.max_num_seqs or self.policy == "priority"):
+            return None
+        if not seqs or any(seq.seq_id not in rows for seq in self.running):
+            return None
+        if any(seq.request.sampling_params.needs_host for seq in seqs):
+            return None
+        if not all(self.kv_cache_manager.allocate_slots(seq, 1) for seq in seqs):
+            return None
+        output = self._make_output(seqs, {seq.seq_id: 1 for seq in seqs}, is_prefill=False)
+        return replace(output, source_rows=[rows[seq.seq_id] for seq in seqs])
+
+    def _make_output(
+        self, seqs: list[Sequence], num_scheduled_tokens: dict[str, int], is_prefill: bool
+    ) -> SchedulerOutput:
         for seq in seqs:
             seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
         retired, self._retired = self._retired, []
         return SchedulerOutput(
             seqs=seqs,
             num_scheduled_tokens=num_scheduled_tokens,
-            is_prefill=bool(admitted),
+            is_prefill=is_prefill,
             retired_seq_ids=retired,
             block_copies=self.kv_cache_manager.take_block_copies(),
         )
@@ -86,7 +110,7 @@ class Scheduler:
         """Append the step's tokens and let go of the sequences that they finish."""
         outputs = []
         for row, seq in enumerate(scheduled.seqs):
-            if seq.status is not SequenceStatus.RUNNING:  # a logits processor aborted it
+            if seq.status is not SequenceStatus.RUNNING:  # it ended while this step was under way
                 continue
             if row in sampled.errors:
                 seq.status, seq.stop_reason = SequenceStatus.FINISHED_ERROR, sampled.errors[row]
@@ -208,5 +232,5 @@ class Scheduler:
 
 
 def num_tokens_left(seq: Sequence) -> int:
-    """Tokens of `seq` that are still to be computed."""
+    """Tokens of `seq` that are still to be computed; -1 while it computes one that is not known yet."""
     return seq.num_tokens - seq.num_computed_tokens

@@ -21,17 +21,20 @@ def apply_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(logits < cutoff[:, None], float("-inf"))
 
 
-def apply_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
+def apply_top_k_top_p(
+    logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None, max_top_k: int | None = None
+) -> torch.Tensor:
     """Keep the top_k most likely tokens, and of these the most likely ones whose probabilities reach top_p.
 
     Args:
         logits: float32 [N, V].
         top_k: int64 [N] in [1, V]; None: no row uses it.
         top_p: float32 [N] in (0, 1]; None: no row uses it.
+        max_top_k: the largest of top_k; None: it is asked of the device, which the host then waits for.
     """
     if top_k is None and top_p is None:
         return logits
-    num_candidates = logits.shape[-1] if top_k is None else int(top_k.max())
+    num_candidates = logits.shape[-1] if top_k is None else max_top_k or int(top_k.max())
     candidates = logits.topk(num_candidates, dim=-1).values  # [N, K], descending
     cutoff = candidates[:, -1:]  # [N, 1]
     if top_k is not None:

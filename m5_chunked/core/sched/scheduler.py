@@ -9,6 +9,7 @@ starts over after a preemption differ in nothing but how many tokens are still t
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from ...config import EngineConfig
 from ...outputs import ModelRunnerOutput, SequenceOutput
@@ -103,6 +104,26 @@ class Scheduler:
                 self._schedule_running()
         return self._make_output()
 
+    def schedule_ahead(self, scheduled: SchedulerOutput) -> SchedulerOutput | None:
+        """The step after `scheduled`, before the tokens of that are known: all that run compute theirs, unseen.
+
+        Whoever turns out to have ended has computed one too many. None where there is more to decide than that, and the
+        next `schedule` has to: somebody could come in, or did not take part, or lacks a block, or draws on the host.
+        """
+        rows = {seq.seq_id: row for row, seq in enumerate(scheduled.sampled_seqs)}
+        seqs = [seq for seq in self.running if seq.num_output_tokens + 1 < seq.request.max_tokens]
+        if self.waiting and (len(seqs) < self.max_num_seqs or self.policy == "priority"):
+            return None
+        if not seqs or any(seq.seq_id not in rows for seq in self.running):
+            return None
+        if any(seq.request.sampling_params.needs_host for seq in seqs):
+            return None
+        if not all(self.kv_cache_manager.allocate_slots(seq, 1) for seq in seqs):
+            return None
+        self._admitted_ids.clear()
+        self._num_scheduled_tokens = {seq.seq_id: 1 for seq in seqs}
+        return replace(self._make_output(), source_rows=[rows[seq.seq_id] for seq in seqs])
+
     def _make_output(self) -> SchedulerOutput:
         num_scheduled_tokens, self._num_scheduled_tokens = self._num_scheduled_tokens, {}
         decodes: list[Sequence] = []
@@ -118,7 +139,7 @@ class Scheduler:
         return SchedulerOutput(
             seqs=seqs,
             num_scheduled_tokens=num_scheduled_tokens,
-            sampled_seqs=[seq for seq in seqs if num_tokens_left(seq) == 0],
+            sampled_seqs=[seq for seq in seqs if num_tokens_left(seq) <= 0],
             is_prefill=bool(prompts),
             is_decode=bool(decodes),
             retired_seq_ids=retired,
@@ -135,7 +156,7 @@ class Scheduler:
         """Append the step's tokens and let go of the sequences that they finish."""
         outputs = []
         for row, seq in enumerate(scheduled.sampled_seqs):
-            if seq.status is not SequenceStatus.RUNNING:  # a logits processor aborted it
+            if seq.status is not SequenceStatus.RUNNING:  # it ended while this step was under way
                 continue
             if row in sampled.errors:
                 seq.status, seq.stop_reason = SequenceStatus.FINISHED_ERROR, sampled.errors[row]
@@ -224,20 +245,13 @@ class Scheduler:
         A sibling of one whose prompt will be computed to its end shares its blocks, needs no tokens, and takes part
         from the next step on. Until then it waits, and lets others pass.
         """
-        if not self.waiting:
+        if not self.waiting or (len(self.running) >= self.max_num_seqs and self.policy != "priority"):
             return
         aside: list[Sequence] = []
-        parents = {  # by request
-            seq.request_id: seq
-            for seq in reversed(self.running)
-            if seq.seq_id in self._num_scheduled_tokens and seq.num_output_tokens == 0
-        }
         self._num_promised_blocks = sum(map(self._num_blocks_to_come, self.running))
         while self.waiting:
             seq = self.waiting.peek()
-            parent = parents.get(seq.request_id) if self.enable_paged_kv and seq.num_output_tokens == 0 else None
-            if parent is not None and parent.seq_id not in self._num_scheduled_tokens:
-                parent = None  # somebody urgent took its place
+            parent = self._parent_of(seq)
             if parent is not None and self._num_scheduled_tokens[parent.seq_id] < num_tokens_left(parent):
                 aside.append(self.waiting.pop())
                 continue
@@ -252,10 +266,16 @@ class Scheduler:
             self._take_tokens(seq, self._chunk_size(seq))
             self._admitted_ids.add(seq.seq_id)
             self._num_promised_blocks += self._num_blocks_to_come(seq)
-            if seq.num_output_tokens == 0:
-                parents[seq.request_id] = seq
         for seq in reversed(aside):
             self.waiting.prepend(seq)
+
+    def _parent_of(self, seq: Sequence) -> Sequence | None:
+        """A sibling of `seq` whose prompt, which is theirs, is computed in this step, to its end or not."""
+        if not self.enable_paged_kv or seq.request.sampling_params.n == 1 or seq.num_output_tokens > 0:
+            return None
+        siblings = (other for other in self.running if other.request_id == seq.request_id)
+        scheduled = self._num_scheduled_tokens
+        return next((other for other in siblings if other.seq_id in scheduled and other.num_output_tokens == 0), None)
 
     def _chunk_size(self, seq: Sequence) -> int:
         """How many of its tokens it may compute in this step."""
@@ -273,27 +293,42 @@ class Scheduler:
         if num_tokens_left(seq) > 1:
             self._prefill_budget -= num_new_tokens
 
+    def _give_tokens_back(self, seq: Sequence) -> None:
+        """What it was to have in this very step."""
+        given = self._num_scheduled_tokens.pop(seq.seq_id, 0)
+        self._token_budget += given
+        self._prefill_budget += given if num_tokens_left(seq) > 1 else 0
+
     def _num_blocks_to_come(self, seq: Sequence) -> int:
         """Blocks that a running prompt will take until it is computed, and that nobody else may count on."""
-        if num_tokens_left(seq) <= 1 and seq.num_output_tokens > 0:
+        if num_tokens_left(seq) <= 1:
             return 0
         return self.kv_cache_manager.num_blocks_for(seq.num_tokens) - len(seq.block_table)
 
     def _has_room_for(self, seq: Sequence, parent: Sequence | None) -> bool:
         """Whether `seq` can run; it holds its blocks then. Under "priority" less urgent ones have to give theirs up.
 
-        That departs from vLLM, where priority orders the queue, and a running sequence keeps running.
+        That departs from vLLM, where priority orders the queue, and a running sequence keeps running. Whoever gives up
+        no more than its tokens of this step keeps its blocks, and goes on in a later step.
         """
-        while len(self.running) >= self.max_num_seqs or not self._allocate(seq, parent):
-            # With chunks, whoever leaves a row to it gives back the tokens that it was to have in this step.
-            tokens_may_come = self.enable_chunked_prefill and len(self.running) >= self.max_num_seqs
-            if parent is None and self._chunk_size(seq) == 0 and not tokens_may_come:
-                return False  # there are more in the next step
+        while parent is not None or self._chunk_size(seq) > 0 or self._take_tokens_back(seq):
+            if len(self.running) < self.max_num_seqs and self._allocate(seq, parent):
+                return True
             victim = max(self.running, key=urgency, default=seq)
             if self.policy != "priority" or victim.request.priority <= seq.request.priority:
                 return False
             self._preempt(victim)
             self.num_preemptions["urgent"] += 1
+        return False  # there are more tokens in the next step
+
+    def _take_tokens_back(self, seq: Sequence) -> bool:
+        """Those of the least urgent of this step, under "priority" and with chunks, if it is less urgent than `seq`."""
+        others = [other for other in self.running if other.seq_id in self._num_scheduled_tokens]
+        victim = max(others, key=urgency, default=seq)
+        may_take = self.policy == "priority" and self.enable_chunked_prefill
+        if not may_take or victim.request.priority <= seq.request.priority:
+            return False
+        self._give_tokens_back(victim)
         return True
 
     def _allocate(self, seq: Sequence, parent: Sequence | None) -> bool:
@@ -301,8 +336,6 @@ class Scheduler:
         num_reserved += self._num_promised_blocks
         if parent is None:
             num_blocks_for, chunk_size = self.kv_cache_manager.num_blocks_for, self._chunk_size(seq)
-            if chunk_size == 0:
-                return False
             num_reserved += num_blocks_for(seq.num_tokens) - num_blocks_for(chunk_size)  # all of it has to fit
             return self.kv_cache_manager.allocate_slots(seq, chunk_size, num_reserved)
         if self.kv_cache_manager.num_free_blocks <= num_reserved:
@@ -314,9 +347,7 @@ class Scheduler:
         """Take the cache of a running sequence away. Its output is kept, to be recomputed with its prompt."""
         self.running.remove(seq)
         self._forked = [forked for forked in self._forked if forked is not seq]
-        given = self._num_scheduled_tokens.pop(seq.seq_id, 0)  # in this very step
-        self._token_budget += given
-        self._prefill_budget += given if num_tokens_left(seq) > 1 else 0
+        self._give_tokens_back(seq)
         self._num_promised_blocks -= self._num_blocks_to_come(seq)
         self._free_cache(seq)
         seq.status = SequenceStatus.PREEMPTED
@@ -333,5 +364,5 @@ class Scheduler:
 
 
 def num_tokens_left(seq: Sequence) -> int:
-    """Tokens of `seq` that are still to be computed."""
+    """Tokens of `seq` that are still to be computed; -1 while it computes one that is not known yet."""
     return seq.num_tokens - seq.num_computed_tokens

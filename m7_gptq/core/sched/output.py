@@ -20,6 +20,7 @@ class SchedulerOutput:
         is_decode: whether one of them was there before, and had a single token to compute.
         retired_seq_ids: sequences that finished or were preempted since the step before.
         block_copies: (from, to): blocks of the cache to be copied before the forward pass.
+        source_rows: of the step before, whose tokens these compute and only the device knows; None: they are known.
     """
 
     seqs: list[Sequence]
@@ -29,6 +30,7 @@ class SchedulerOutput:
     is_decode: bool
     retired_seq_ids: list[str]
     block_copies: list[tuple[int, int]]
+    source_rows: list[int] | None = None
 
     @property
     def phase(self) -> str:

@@ -145,7 +145,7 @@ class LLM:
         except Exception as error:  # templates raise whatever their author chose
             raise ValueError(f"the chat template of {self.config.model} cannot render this: {error}") from error
         # The template has written the special tokens already; a second BOS would be a different prompt.
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """SamplingParams as the checkpoint's generation_config.json suggests them."""

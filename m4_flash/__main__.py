@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -52,7 +53,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: anything that the user can mend.
     """
+    if not args.prompts and sys.stdin.isatty():
+        print("reading prompts, one a line; Ctrl-D ends them", file=sys.stderr)
     prompts = args.prompts or [prompt for line in sys.stdin if (prompt := line.rstrip("\n"))]
+    if not prompts:
+        raise ValueError("no prompt: give one, or one a line on the standard input")
     engine_options = ("dtype", "device", "load_format", "max_model_len", "log_level")
     with LLM(args.model, **{name: getattr(args, name) for name in engine_options}) as llm:
         options = ("temperature", "top_p", "top_k", "stop", "seed", "max_tokens", "ignore_eos")
@@ -108,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

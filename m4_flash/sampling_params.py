@@ -145,5 +145,5 @@ class SamplingParams:
     @property
     def needs_host(self) -> bool:
         """Whether something about a draw is done on the host, or takes tokens that were drawn before."""
-        rows = self.logit_bias, self.min_tokens, self.logits_processors, self.logprobs is not None
-        return self.has_penalties or any(rows)
+        lists = self.logit_bias, self.logits_processors
+        return self.has_penalties or self.min_tokens > 0 or self.logprobs is not None or any(lists)

@@ -35,24 +35,15 @@ def perplexity(model: LlamaForCausalLM, token_ids: torch.Tensor, window: int) ->
     """
     if window < 2:
         raise ValueError(f"a window of {window} tokens foresees nothing; it takes two at least")
-    num_whole = len(token_ids) // window
-    whole = token_ids[: num_whole * window].view(num_whole, window)
-    batches = list(whole.split(max(1, BATCH_TOKENS // window))) if num_whole else []
-    rest = token_ids[num_whole * window :]
-    if len(rest) > 1:
-        batches.append(rest[None])
-    if not batches:
+    if len(token_ids) < 2:
         raise ValueError("a text of less than two tokens has no perplexity; give a longer one")
-    device = next(model.parameters()).device
     surprise, num_tokens = 0.0, 0
-    for batch in batches:
-        ids = batch.to(device)
-        with window_metadata(model, *batch.shape) as (positions, metadata):
-            hidden = model(ids.flatten(), positions, metadata).view(*batch.shape, -1)
-        hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        for rows, wanted in zip(hidden.split(_LOGITS_ROWS), targets.split(_LOGITS_ROWS), strict=True):
+    for ids in token_ids.to(next(model.parameters()).device).split(window):
+        with window_metadata(model, 1, len(ids)) as (positions, metadata):
+            hidden = model(ids, positions, metadata)
+        for rows, wanted in zip(hidden[:-1].split(_LOGITS_ROWS), ids[1:].split(_LOGITS_ROWS), strict=True):
             surprise += F.cross_entropy(model.compute_logits(rows).float(), wanted, reduction="sum").item()
-        num_tokens += len(targets)
+        num_tokens += len(ids) - 1
     return math.exp(surprise / num_tokens), num_tokens
 
 

@@ -33,9 +33,8 @@ class LLMEngine:
         )
         self.worker = GPUWorker(config, folder, self.hf_config)
         self.config = self.worker.config
-        self.input_processor = InputProcessor(
-            self.config, self.hf_config, self.tokenizer, load_generation_config(folder)
-        )
+        generation_config = load_generation_config(folder)
+        self.input_processor = InputProcessor(self.config, self.hf_config, self.tokenizer, generation_config)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.stats = EngineStats()
         self._queue: deque[Sequence] = deque()  # unfinished sequences; the first one is being served

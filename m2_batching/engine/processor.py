@@ -38,6 +38,7 @@ class InputProcessor:
         generation_config: dict[str, Any],
     ) -> None:
         self.max_model_len = config.max_model_len or 0
+        self.max_positions = hf_config.max_position_embeddings
         self.vocab_size = hf_config.vocab_size
         self.seed = config.seed
         self.tokenizer = tokenizer
@@ -68,16 +69,15 @@ class InputProcessor:
             raise ValueError("the prompt is empty: give at least one token")
         stop_token_ids, logit_bias = params.stop_token_ids or (), params.logit_bias or ()
         for name, ids in (("the prompt", token_ids), ("stop_token_ids", stop_token_ids), ("logit_bias", logit_bias)):
-            for token in ids:
-                if not 0 <= token < self.vocab_size:
-                    raise ValueError(
-                        f"token id {token} in {name} is not in the vocabulary (0 to {self.vocab_size - 1})"
-                    )
+            out = [token for token in ids if not 0 <= token < self.vocab_size]
+            if out:
+                raise ValueError(f"token id {out[0]} in {name} is not in the vocabulary (0 to {self.vocab_size - 1})")
         room = self.max_model_len - len(token_ids)
         if room < 1:
+            or_raise = ", or raise max_model_len" if self.max_model_len < self.max_positions else ""
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens and max_model_len is {self.max_model_len}: shorten it to at "
-                f"most {self.max_model_len - 1}, or raise max_model_len"
+                f"most {self.max_model_len - 1}{or_raise}"
             )
         number = next(self._counter)
         request = Request(
@@ -106,7 +106,7 @@ class InputProcessor:
         text = prompt.get("prompt") if is_dict else prompt
         token_ids = prompt.get("prompt_token_ids") if is_dict else prompt
         if isinstance(text, str):
-            return text, self.tokenizer.encode(text)
+            return text, self.tokenizer.encode(text, verbose=False)  # of its length we speak ourselves
         if isinstance(token_ids, list) and all(isinstance(token, int) for token in token_ids):
             return None, list(token_ids)
         raise ValueError(

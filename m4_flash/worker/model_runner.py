@@ -23,9 +23,7 @@ class AsyncModelRunnerOutput:
         self._sampled = sampled
         # Under way from now on: after the launch of another step it would wait for that.
         self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if sampled.token_ids.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+        self._copied = torch.cuda.current_stream().record_event() if sampled.token_ids.is_cuda else None
 
     def get_output(self) -> ModelRunnerOutput:
         """Waits until it is there."""

@@ -33,9 +33,8 @@ class LLMEngine:
         self.core = EngineCore(config, folder, self.hf_config)
         self.worker = self.core.worker
         self.config = self.core.config
-        self.input_processor = InputProcessor(
-            self.config, self.hf_config, self.tokenizer, load_generation_config(folder)
-        )
+        generation_config = load_generation_config(folder)
+        self.input_processor = InputProcessor(self.config, self.hf_config, self.tokenizer, generation_config)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.stats = EngineStats()
         self._unfinished: dict[str, list[Sequence]] = {}  # request id: its unfinished sequences

@@ -77,17 +77,13 @@ class GPUWorker:
             num_kv_blocks=num_blocks,
             async_scheduling=self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         )
-        logger.info(
-            "KV cache: %s blocks of %s tokens × %d layers = %.0f MiB; "
-            "maximum concurrency for %s tokens per request: %.1f×",
-            f"{num_blocks:,}",
-            f"{self.block_size:,}",
-            len(self.layers),
-            self.num_slots * kv_bytes_per_token(self.layers, self.dtype) / 2**20,
-            f"{self.max_model_len:,}",
-            num_blocks / -(-self.max_model_len // self.block_size),
-        )
         max_blocks_per_seq = -(-self.max_model_len // self.block_size)
+        size = self.num_slots * kv_bytes_per_token(self.layers, self.dtype) / 2**20
+        most = num_blocks / max_blocks_per_seq
+        logger.info(
+            f"KV cache: {num_blocks:,} blocks of {self.block_size:,} tokens × {len(self.layers)} layers = {size:.0f} "
+            f"MiB; maximum concurrency for {self.max_model_len:,} tokens per request: {most:.1f}×"
+        )
         input_batch = InputBatch(max_num_seqs, max_blocks_per_seq, self.block_size, hf_config.vocab_size, self.device)
         kv_caches = [cache for layer in self.layers for cache in (layer.k_cache, layer.v_cache)]
         cuda_graphs = self._cuda_graphs(config, max_num_seqs, self.max_model_len, self.num_slots)

@@ -132,15 +132,10 @@ def load_model(
     else:
         load_weights(model, read_safetensors(folder))
     params = list(model.parameters())
-    logger.info(
-        "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
-        type(model).__name__,
-        sum(p.numel() for p in params) / 1e6,
-        sum(p.nbytes for p in params) / 2**20,
-        str(dtype).removeprefix("torch."),
-        device,
-        time.perf_counter() - started,
-    )
+    num_params, size = sum(p.numel() for p in params) / 1e6, sum(p.nbytes for p in params) / 2**20
+    where = f"{str(dtype).removeprefix('torch.')} on {device}"
+    figures = type(model).__name__, num_params, size, where, time.perf_counter() - started
+    logger.info("%s: %.1f M parameters, %.1f MiB, %s, loaded in %.1f s", *figures)
     return model
 
 

@@ -13,8 +13,9 @@ import torch
 
 from ..request import Sequence
 from ..sampling_params import SamplingParams
+from ..utils.triton import triton
 from .logits_processor import Rows, apply_logit_bias, apply_logits_processors, apply_min_tokens
-from .ops.draw import draw_from_logits, triton
+from .ops.draw import draw_from_logits
 from .ops.penalties import apply_penalties
 from .ops.topk_topp import apply_min_p, apply_top_k_top_p
 

@@ -13,7 +13,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..request import Sequence
@@ -218,9 +218,4 @@ def first_token_key(parent_hash: bytes, tokens: bytes) -> bytes:
 
 def num_equal_tokens(a: Iterable[int], b: Iterable[int]) -> int:
     """How many tokens the two have in common, from the first one on."""
-    num = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        num += 1
-    return num
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -139,19 +139,12 @@ def load_model(
     quantized = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     packed = [p for weight in quantized for p in weight.parameters()]
     num_params = sum(p.numel() for p in params) + sum(w.num_weights for w in quantized) - sum(p.numel() for p in packed)
-    logger.info(
-        "%s: %.1f M parameters, %.1f MiB of %s weights on %s, loaded in %.1f s",
-        type(model).__name__,
-        num_params / 1e6,
-        sum(p.nbytes for p in params) / 2**20,
-        str(dtype).removeprefix("torch."),
-        device,
-        time.perf_counter() - started,
-    )
+    size, where = sum(p.nbytes for p in params) / 2**20, f"{str(dtype).removeprefix('torch.')} on {device}"
+    figures = type(model).__name__, num_params / 1e6, size, where, time.perf_counter() - started
+    logger.info("%s: %.1f M parameters, %.1f MiB, %s, loaded in %.1f s", *figures)
     if quantization_config is not None:
-        total, packed_bytes = (sum(p.nbytes for p in group) / 2**20 for group in (params, packed))
-        bits = quantization_config.bits
-        logger.info("weights: %.0f MiB, of which %d-bit %.0f MiB", total, bits, packed_bytes)
+        size = sum(p.nbytes for p in packed) / 2**20
+        logger.info("of these, %.1f MiB are %d-bit weights", size, quantization_config.bits)
         if params[0].is_cuda and not all(isinstance(w, PackedWeight) and w.has_kernels(dtype) for w in quantized):
             logger.warning(
                 "every step unpacks whole weights: kernels take float16 and bfloat16, and groups of 32, 64 or 128"
@@ -288,7 +281,7 @@ def load_weights(model: LlamaForCausalLM, weights: Iterable[tuple[str, torch.Ten
         elif not _is_ignorable(name, model) and not _is_empty_bias(name, tensor, expected):
             problems.append(f"{name} is unknown to the model")
     for name, (module, param_name, shard_id) in owners.items():
-        config = module.quantization if isinstance(module, Linear) else None
+        config = module.quant_config if isinstance(module, Linear) else None
         if isinstance(module, Linear) and config is not None and param_name == "g_idx" and not config.desc_act:
             module.weight_loader(param_name, config.default_g_idx(module.in_features), shard_id)
         else:
@@ -334,7 +327,7 @@ def initialize_dummy_weights(model: nn.Module, seed: int) -> None:
         seed += 1
         path, _, leaf = name.rpartition(".")
         if leaf in CHECKPOINT_TENSORS:
-            config = cast(Linear, model.get_submodule(path)).quantization
+            config = cast(Linear, model.get_submodule(path)).quant_config
             cast(QuantizationConfig, config).fill_dummy(leaf, param, generator)
         elif param.dim() > 1:
             param.normal_(0.0, 0.02, generator=generator)

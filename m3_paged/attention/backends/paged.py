@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from ...utils.triton import tl, triton
 from ..metadata import AttentionMetadata
 from .torch_naive import naive_attention
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU does without
-    triton = None
 
 
 def paged_attention(

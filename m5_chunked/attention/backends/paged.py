@@ -11,14 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from ...utils.triton import tl, triton
 from ..metadata import AttentionMetadata
 from .torch_naive import NaiveBackend, decode_one_by_one
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU does without
-    triton = None
 
 
 class PagedBackend(NaiveBackend):

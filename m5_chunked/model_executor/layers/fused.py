@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU does without
-    triton = None
+from ...utils.triton import tl, triton
 
 _HEADS = 8  # that a program normalises and rotates
 

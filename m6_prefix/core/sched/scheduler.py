@@ -346,10 +346,10 @@ class Scheduler:
 
     def _take_tokens_back(self, seq: Sequence) -> bool:
         """Those of the least urgent of this step, under "priority" and with chunks, if it is less urgent than `seq`."""
-        others = [other for other in self.running if other.seq_id in self._num_scheduled_tokens]
-        victim = max(others, key=urgency, default=seq)
-        may_take = self.policy == "priority" and self.enable_chunked_prefill
-        if not may_take or victim.request.priority <= seq.request.priority:
+        if self.policy != "priority" or not self.enable_chunked_prefill:
+            return False
+        victim = max((s for s in self.running if s.seq_id in self._num_scheduled_tokens), key=urgency, default=seq)
+        if victim.request.priority <= seq.request.priority:
             return False
         self._give_tokens_back(victim)
         return True

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU does without
-    triton = None
+from ...utils.triton import tl, triton
 
 _TILE = 4096
 

@@ -16,10 +16,11 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from ...utils.triton import triton
 from ..metadata import AttentionMetadata
 from ..ops import compute_slot_mapping
 from .abstract import AttentionBackend
-from .paged import decode_apart, triton
+from .paged import decode_apart
 from .torch_naive import MAX_SCORES, PaddedGroup, padded_attention
 
 _PAGE_MULTIPLE = 256  # flash-attn 2 reads through a block table in pages of this many tokens only

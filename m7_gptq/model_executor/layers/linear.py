@@ -33,7 +33,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.output_sizes = [out_features]
         self.offsets = [0, out_features]
-        self.quantization: QuantizationConfig | None = None
+        self.quant_config: QuantizationConfig | None = None
         self.quantized: QuantizedWeight | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,9 +53,8 @@ class Linear(nn.Module):
             ValueError: the shapes differ.
         """
         param, (start, stop) = self.get_parameter(name), self.offsets[shard_id : shard_id + 2]
-        if name in CHECKPOINT_TENSORS:
-            assert self.quantization is not None
-            part = self.quantization.select_shard(name, param, shard_id, start, stop)
+        if self.quant_config is not None and name in CHECKPOINT_TENSORS:
+            part = self.quant_config.select_shard(name, param, shard_id, start, stop)
         else:
             part = param[start:stop]
         copy_weight(part, loaded_weight)
@@ -69,10 +68,10 @@ class Linear(nn.Module):
         shapes = config.tensor_shapes(self.in_features, self.output_sizes, scales_dtype)
         device = self.weight.device
         del self.weight
-        self.quantization = config
+        self.quant_config = config
         for name, (shape, dtype) in shapes.items():
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            param = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+            self.register_parameter(name, param)
 
     def process_weights_after_loading(self, dtype: torch.dtype) -> None:
         """Put a quantised weight into the form that is computed with, in `dtype`; others stay as they are.
@@ -80,11 +79,11 @@ class Linear(nn.Module):
         Raises:
             ValueError: what was loaded makes no sense.
         """
-        if self.quantization is not None:
+        if self.quant_config is not None:
             tensors = {name: self.get_parameter(name).data for name in CHECKPOINT_TENSORS}
             for name in CHECKPOINT_TENSORS:
                 delattr(self, name)
-            self.quantized = build_weight(self.quantization, tensors, dtype)
+            self.quantized = build_weight(self.quant_config, tensors, dtype)
 
 
 class MergedLinear(Linear):

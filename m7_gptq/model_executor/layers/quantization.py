@@ -79,7 +79,7 @@ class QuantizationConfig:
             raise ValueError(f"{source}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As `from_checkpoint` and other tools read it."""
+        """As `from_dict` and other tools read it."""
         return {"quant_method": "gptq", **asdict(self)}
 
     @property

@@ -20,11 +20,7 @@ from .fused import is_available as has_triton
 if TYPE_CHECKING:
     from .quantization import PackedWeight
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU does without
-    triton = None
+from ...utils.triton import tl, triton
 
 BLOCK = 128  # inputs whose codes lie together
 MAX_ROWS = 128  # of x, above which unpacking first and an ordinary product are faster

@@ -166,7 +166,9 @@ def test_memory_at_the_size_of_a_real_model(stage: ModuleType, caplog: pytest.Lo
             (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
             assert len(output.token_ids) == 4
             messages = "\n".join(record.getMessage() for record in caplog.records)
-        found = re.search(r"^weights: (\d+) MiB, of which 4-bit (\d+) MiB$", messages, re.MULTILINE)
+        found = re.search(
+            r" (\d+)\.\d MiB, bfloat16 on cuda.*\nof these, (\d+)\.\d MiB are 4-bit weights$", messages, re.M
+        )
         assert (found is None) == (quantization is None), messages
         if found:
             assert found.groups() == ("515", "218")

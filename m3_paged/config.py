@@ -91,8 +91,6 @@ class EngineConfig:
                 )
         if self.scheduling_policy not in ("fcfs", "priority", "sjf"):
             raise ValueError(f"scheduling_policy must be 'fcfs', 'priority' or 'sjf', got {self.scheduling_policy!r}")
-        if self.block_size is not None and not self.enable_paged_kv:
-            raise ValueError("block_size goes with enable_paged_kv=True only: without, a block is a whole sequence")
         check_real("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, low_is_open=True)
         if self.attention_backend not in (None, "naive", "paged"):
             raise ValueError(f"attention_backend must be 'naive' or 'paged', got {self.attention_backend!r}")

@@ -106,8 +106,6 @@ class EngineConfig:
                 )
         if self.scheduling_policy not in ("fcfs", "priority", "sjf"):
             raise ValueError(f"scheduling_policy must be 'fcfs', 'priority' or 'sjf', got {self.scheduling_policy!r}")
-        if self.block_size is not None and not self.enable_paged_kv:
-            raise ValueError("block_size goes with enable_paged_kv=True only: without, a block is a whole sequence")
         if self.chunk_policy not in ("fixed", "dynamic"):
             raise ValueError(f"chunk_policy must be 'fixed' or 'dynamic', got {self.chunk_policy!r}")
         if self.chunk_policy == "dynamic" and not self.enable_chunked_prefill:

@@ -104,6 +104,8 @@ class GPUWorker:
         budget = self._cache_memory(config, -(-longest // block_size) * block_size, max_num_seqs)
         num_tokens = max(budget, 0) // bytes_per_token
         if not config.enable_paged_kv:
+            if config.block_size is not None:
+                raise ValueError("block_size goes with enable_paged_kv=True only: without, a block is a whole sequence")
             if config.max_model_len is None:
                 longest = max(2, min(longest, _COMFORTABLE_MODEL_LEN, num_tokens))
             block_size = max(longest, min(-(-longest // 256) * 256, num_tokens))

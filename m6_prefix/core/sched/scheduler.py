@@ -173,7 +173,7 @@ class Scheduler:
             if seq.is_finished:
                 self._forget(seq)
         self.running = [seq for seq in self.running if not seq.is_finished]
-        self._forked = [seq for seq in self._forked if seq.num_output_tokens == 0 and not seq.is_finished]
+        self._forked = [seq for seq in self._forked if seq.num_output_tokens == 0]
         return outputs
 
     def undo(self, scheduled: SchedulerOutput) -> None:
@@ -370,7 +370,6 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Take the cache of a running sequence away. Its output is kept, to be recomputed with its prompt."""
         self.running.remove(seq)
-        self._forked = [forked for forked in self._forked if forked is not seq]
         self._give_tokens_back(seq)
         self._num_promised_blocks -= self._num_blocks_to_come(seq)
         self._free_cache(seq)
@@ -384,6 +383,7 @@ class Scheduler:
 
     def _free_cache(self, seq: Sequence) -> None:
         self.kv_cache_manager.free(seq)
+        self._forked = [forked for forked in self._forked if forked is not seq]
         self._retired.append(seq.seq_id)
 
 

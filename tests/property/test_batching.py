@@ -482,7 +482,7 @@ def test_priorities_of_a_call(stage: ModuleType, checkpoint_path: CheckpointPath
     ) as llm:
         params = stage.SamplingParams(max_tokens=2, ignore_eos=True)
         outputs = list(getattr(llm, call)([[1], [2], [3]], params, priority=[2, 0, 1]))
-        order = [int(step.seq_ids[0].split("-")[0]) for step in llm.engine.stats.steps[::2]]
+        order = [int(step.seq_ids[0].split("-")[1]) for step in llm.engine.stats.steps[::2]]
         first = min(order)
         assert [number - first for number in order] == [1, 2, 0]
         expected = [[1], [2], [3]] if call == "generate" else [[2], [3], [1]]

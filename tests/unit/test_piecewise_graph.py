@@ -113,7 +113,7 @@ def test_an_engine_that_plays_pieces(
         stage.SamplingParams(
             temperature=0.4 * (number % 2), seed=number, max_tokens=max_tokens, ignore_eos=True, n=1 + number % 2
         )
-        for number, max_tokens in enumerate((12, 5, 4, 7))
+        for number, max_tokens in enumerate((24, 12, 20, 7))
     ]
     options: dict[str, Any] = {"max_model_len": 64, "num_kv_blocks": 6, "block_size": 16, "max_num_seqs": 4}
     has_chunks = "max_chunk_size" in stage.EngineConfig.__annotations__

@@ -19,6 +19,7 @@ class EngineCore:
 
     Attributes:
         config: with every None settled.
+        ahead: a step that is under way, to be taken in by the next `step`.
 
     Raises:
         ValueError: the model or the cache that was asked for cannot be had.
@@ -28,7 +29,7 @@ class EngineCore:
         self.worker = GPUWorker(config, folder, hf_config)
         self.config = self.worker.config
         self.scheduler = Scheduler(self.config)
-        self._ahead: tuple[SchedulerOutput, AsyncModelRunnerOutput] | None = None  # a step that is under way
+        self.ahead: tuple[SchedulerOutput, AsyncModelRunnerOutput] | None = None
 
     def step(self) -> tuple[SchedulerOutput, list[SequenceOutput]]:
         """One iteration: choose who runs, run them, take in what they said.
@@ -36,14 +37,14 @@ class EngineCore:
         With async_scheduling the next step is launched before that, if it can be: the device has work while the host
         takes in this one's tokens, makes text of them, and does what its user does between two steps.
         """
-        scheduled, output = self._ahead or self._launch(self.scheduler.schedule())
-        self._ahead = None
+        scheduled, output = self.ahead or self._launch(self.scheduler.schedule())
+        self.ahead = None
         try:
             if self.config.async_scheduling and (ahead := self.scheduler.schedule_ahead(scheduled)) is not None:
-                self._ahead = self._launch(ahead)
+                self.ahead = self._launch(ahead)
             return scheduled, self.scheduler.update_from_output(scheduled, output.get_output())
         except BaseException:
-            self._ahead = None
+            self.ahead = None
             self.scheduler.undo(scheduled)
             raise
 

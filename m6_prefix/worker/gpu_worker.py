@@ -109,7 +109,7 @@ class GPUWorker:
                 longest = max(2, min(longest, _COMFORTABLE_MODEL_LEN, num_tokens))
             block_size = max(longest, min(-(-longest // 256) * 256, num_tokens))
         num_blocks = config.num_kv_blocks or num_tokens // block_size
-        if config.num_kv_blocks is None and not config.enable_prefix_caching:
+        if config.num_kv_blocks is None and not (config.enable_prefix_caching and config.enable_paged_kv):
             num_blocks = min(num_blocks, max_num_seqs * -(-longest // block_size))  # nobody could ever use more
         fits = num_blocks * block_size
         if config.max_model_len is not None and max(fits, num_tokens) >= 2 and fits < longest:

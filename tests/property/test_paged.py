@@ -192,6 +192,7 @@ class EventsWithBlocks(Events):
             following = left[0]
             budget = self.budget - scheduled.total_num_scheduled_tokens
             room, free, others = len(self.scheduler.running), self.manager.num_free_blocks, self.scheduler.running
+        num_forked += sum(seq.num_output_tokens == 0 for seq in stayed)  # of an earlier step: they have not run yet
         reserve = (self.watermark if others else 0) + num_forked
         if following.num_output_tokens == 0 and following.request_id in parents:
             could = room < self.max_num_seqs and free > reserve

@@ -67,7 +67,6 @@ class Scheduler:
         admitted: list[Sequence] = []
         if self._num_prefills_in_a_row < MAX_CONSECUTIVE_PREFILLS or not self.running:
             admitted = self._admit()
-        self._num_prefills_in_a_row = self._num_prefills_in_a_row + 1 if admitted else 0
         if not admitted:
             self._allocate_for_running()
         seqs = admitted or list(self.running)
@@ -97,6 +96,7 @@ class Scheduler:
     ) -> SchedulerOutput:
         for seq in seqs:
             seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
+        self._num_prefills_in_a_row = self._num_prefills_in_a_row + 1 if is_prefill else 0
         retired, self._retired = self._retired, []
         return SchedulerOutput(
             seqs=seqs,

@@ -99,7 +99,6 @@ class Scheduler:
         else:
             if self._num_prefills_in_a_row < MAX_CONSECUTIVE_PREFILLS or not self.running:
                 self._schedule_waiting()
-            self._num_prefills_in_a_row = self._num_prefills_in_a_row + 1 if self._num_scheduled_tokens else 0
             if not self._num_scheduled_tokens:
                 self._schedule_running()
         return self._make_output()
@@ -135,6 +134,7 @@ class Scheduler:
         seqs = decodes + prompts  # attention computes them apart
         for seq in seqs:
             seq.num_computed_tokens += num_scheduled_tokens[seq.seq_id]
+        self._num_prefills_in_a_row = self._num_prefills_in_a_row + 1 if prompts else 0
         retired, self._retired = self._retired, []
         return SchedulerOutput(
             seqs=seqs,
@@ -322,10 +322,11 @@ class Scheduler:
         return False  # there are more tokens in the next step
 
     def _take_tokens_back(self, seq: Sequence) -> bool:
-        """Those of the least urgent of this step, under "priority" and with chunks, if it is less urgent than `seq`."""
+        """Those of the least urgent prompt of this step, under "priority" and with chunks, if it is less urgent."""
         if self.policy != "priority" or not self.enable_chunked_prefill:
             return False
-        victim = max((s for s in self.running if s.seq_id in self._num_scheduled_tokens), key=urgency, default=seq)
+        prompts = (other for other in self.running if self._num_scheduled_tokens.get(other.seq_id, 0) > 1)
+        victim = max(prompts, key=urgency, default=seq)
         if victim.request.priority <= seq.request.priority:
             return False
         self._give_tokens_back(victim)

@@ -63,8 +63,9 @@ class ModelRunner:
             copy_blocks(self.kv_caches, scheduled.block_copies, self.input_batch.block_size)
         self.input_batch.update(scheduled)
         input_ids, positions, metadata, logits_indices, sample_positions = self.input_batch.prepare_inputs(scheduled)
-        if scheduled.source_rows is not None:
-            input_ids = self._token_ids[input_ids]
+        if scheduled.source_rows:
+            unknown = input_ids[: len(scheduled.source_rows)]
+            unknown.copy_(self._token_ids[unknown])
         if self.cuda_graphs is not None and self.cuda_graphs.can_run(metadata):
             hidden = self.cuda_graphs.replay(input_ids, positions, metadata)
         else:

@@ -69,7 +69,7 @@ class InputBatch:
         """What the model runs on.
 
         Returns:
-            input_ids int64 [T] (with source_rows: where the step before draws them), positions int64 [T], how they
+            input_ids int64 [T] (first of all source_rows, as they are), positions int64 [T], how they
             divide into sequences, and of each sequence that gets a token, int64 [S]: the row after which it is drawn,
             and that token's position.
         """
@@ -78,14 +78,11 @@ class InputBatch:
         query_start_loc = np.concatenate([[0], query_lens.cumsum()])  # [N + 1]
         seq_index = np.repeat(np.arange(len(query_lens)), query_lens)  # [T]
         positions = np.arange(len(seq_index)) + (seq_lens - query_start_loc[1:])[seq_index]  # [T]
-        if scheduled.source_rows is not None:
-            input_ids = np.array(scheduled.source_rows)  # where the tokens are
-        else:
-            new_tokens = [
-                seq.token_ids[seq_len - query_len : seq_len]
-                for seq, query_len, seq_len in zip(scheduled.seqs, query_lens.tolist(), seq_lens.tolist(), strict=True)
-            ]
-            input_ids = np.fromiter(chain.from_iterable(new_tokens), dtype=np.int64, count=len(seq_index))
+        new_tokens = [
+            seq.token_ids[seq_len - query_len : seq_len]  # nothing, where it is not known
+            for seq, query_len, seq_len in zip(scheduled.seqs, query_lens.tolist(), seq_lens.tolist(), strict=True)
+        ]
+        input_ids = np.fromiter(chain(scheduled.source_rows, *new_tokens), dtype=np.int64, count=len(seq_index))
         rows = [self.rows[seq.seq_id] for seq in scheduled.seqs]
         num_columns = -(-int(seq_lens.max()) // self.block_size)
         block_table = self.block_table[rows, :num_columns]

@@ -38,12 +38,10 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.max_num_seqs = config.max_num_seqs or 0
         self.max_num_batched_tokens = config.max_num_batched_tokens or 0
-        self.kv_cache_manager = KVCacheManager(
-            config.num_kv_blocks or 0,
-            config.block_size or 0,
-        )
+        num_blocks = config.num_kv_blocks or 0
+        self.kv_cache_manager = KVCacheManager(num_blocks, config.block_size or 0)
         self.enable_paged_kv = config.enable_paged_kv
-        self.watermark_blocks = int(WATERMARK * (config.num_kv_blocks or 0)) if self.enable_paged_kv else 0
+        self.watermark_blocks = int(WATERMARK * num_blocks) if self.enable_paged_kv else 0
         self.policy = config.scheduling_policy
         self.waiting = create_request_queue(self.policy)
         self.running: list[Sequence] = []

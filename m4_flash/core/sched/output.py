@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ...request import Sequence
@@ -18,7 +19,7 @@ class SchedulerOutput:
         is_prefill: whether these are newly admitted, or else in the middle of their output.
         retired_seq_ids: sequences that finished or were preempted since the step before.
         block_copies: (from, to): blocks of the cache to be copied before the forward pass.
-        source_rows: of the step before, whose tokens these compute and only the device knows; None: they are known.
+        source_rows: of the step before, that draw what the first of these compute: only the device knows it.
     """
 
     seqs: list[Sequence]
@@ -26,7 +27,7 @@ class SchedulerOutput:
     is_prefill: bool
     retired_seq_ids: list[str]
     block_copies: list[tuple[int, int]]
-    source_rows: list[int] | None = None
+    source_rows: Collection[int] = ()
 
     @property
     def total_num_scheduled_tokens(self) -> int:

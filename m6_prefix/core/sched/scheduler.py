@@ -44,11 +44,8 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.max_num_seqs = config.max_num_seqs or 0
         self.max_num_batched_tokens = config.max_num_batched_tokens or 0
-        self.kv_cache_manager = KVCacheManager(
-            config.num_kv_blocks or 0,
-            config.block_size or 0,
-            config.enable_prefix_caching,
-        )
+        num_blocks = config.num_kv_blocks or 0
+        self.kv_cache_manager = KVCacheManager(num_blocks, config.block_size or 0, config.enable_prefix_caching)
         self.enable_paged_kv = config.enable_paged_kv
         self.enable_chunked_prefill = config.enable_chunked_prefill
         self.max_chunk_size = config.max_chunk_size or 0
@@ -56,7 +53,7 @@ class Scheduler:
         if config.chunk_policy == "dynamic":
             target = (config.target_step_time_ms or 0.0) / 1000
             self.chunk_controller = ChunkController(target, self.max_num_batched_tokens)
-        self.watermark_blocks = int(WATERMARK * (config.num_kv_blocks or 0)) if self.enable_paged_kv else 0
+        self.watermark_blocks = int(WATERMARK * num_blocks) if self.enable_paged_kv else 0
         self.policy = config.scheduling_policy
         self.waiting = create_request_queue(self.policy)
         self.running: list[Sequence] = []
@@ -87,10 +84,7 @@ class Scheduler:
         is computed whole or not at all, in a step without decodes: first those who wait, and if nobody can be
         admitted, those who run.
         """
-        self._num_scheduled_tokens = {}
-        self._admitted_ids.clear()
-        self._token_budget = self._prefill_budget = self.max_num_batched_tokens
-        self._chunk_cap = self.max_chunk_size
+        self._begin_step()
         if self.chunk_controller is not None:
             self._prefill_budget = self.chunk_controller.prefill_budget
             if len(self.waiting) + sum(num_tokens_left(seq) > 1 for seq in self.running) > 1:
@@ -108,22 +102,33 @@ class Scheduler:
     def schedule_ahead(self, scheduled: SchedulerOutput) -> SchedulerOutput | None:
         """The step after `scheduled`, before the tokens of that are known: all that run compute theirs, unseen.
 
-        Whoever turns out to have ended has computed one too many. None where there is more to decide than that, and the
-        next `schedule` has to: somebody could come in, or did not take part, or lacks a block, or draws on the host.
+        Whoever turns out to have ended has computed one too many. Prompts that have begun go on beside them. None where
+        there is more to decide, and the next `schedule` has to: somebody could come in, or lacks a block, or a token is
+        drawn on the host, or steps have to be timed.
         """
         rows = {seq.seq_id: row for row, seq in enumerate(scheduled.sampled_seqs)}
-        seqs = [seq for seq in self.running if seq.num_output_tokens + 1 < seq.request.max_tokens]
-        if self.waiting and (len(seqs) < self.max_num_seqs or self.policy == "priority"):
+        prompts = [seq for seq in self.running if seq.seq_id not in rows]
+        decodes = [s for s in self.running if s.seq_id in rows and s.num_output_tokens + 1 < s.request.max_tokens]
+        if self.waiting and (len(decodes + prompts) < self.max_num_seqs or self.policy == "priority"):
             return None
-        if not seqs or any(seq.seq_id not in rows for seq in self.running):
+        if not decodes or any(num_tokens_left(seq) <= 1 for seq in prompts) or (prompts and self.chunk_controller):
             return None
-        if any(seq.request.sampling_params.needs_host for seq in seqs):
+        if any(seq.request.sampling_params.needs_host for seq in self.running):
             return None
-        if not all(self.kv_cache_manager.allocate_slots(seq, 1) for seq in seqs):
-            return None
+        self._begin_step()
+        for seq in decodes + prompts:
+            num_new_tokens = 1 if seq.seq_id in rows else self._chunk_size(seq)
+            if num_new_tokens > 0 and not self.kv_cache_manager.allocate_slots(seq, num_new_tokens):
+                return None
+            if num_new_tokens > 0:
+                self._take_tokens(seq, num_new_tokens)
+        return replace(self._make_output(), source_rows=[rows[seq.seq_id] for seq in decodes])
+
+    def _begin_step(self) -> None:
+        self._num_scheduled_tokens = {}
         self._admitted_ids.clear()
-        self._num_scheduled_tokens = {seq.seq_id: 1 for seq in seqs}
-        return replace(self._make_output(), source_rows=[rows[seq.seq_id] for seq in seqs])
+        self._token_budget = self._prefill_budget = self.max_num_batched_tokens
+        self._chunk_cap = self.max_chunk_size
 
     def _make_output(self) -> SchedulerOutput:
         num_scheduled_tokens, self._num_scheduled_tokens = self._num_scheduled_tokens, {}
@@ -257,10 +262,8 @@ class Scheduler:
             return
         aside: list[Sequence] = []
         self._num_promised_blocks = sum(map(self._num_blocks_to_come, self.running))
-        manager = self.kv_cache_manager
-        under_way = {
-            manager.next_missing_block(seq) for seq in self.running if seq.seq_id in self._num_scheduled_tokens
-        }
+        manager, scheduled = self.kv_cache_manager, self._num_scheduled_tokens
+        under_way = {manager.next_missing_block(seq) for seq in self.running if seq.seq_id in scheduled}
         num_followers = 0
         while self.waiting and num_followers < self.max_num_seqs:
             seq = self.waiting.peek()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ...request import Sequence
@@ -20,7 +21,7 @@ class SchedulerOutput:
         is_decode: whether one of them was there before, and had a single token to compute.
         retired_seq_ids: sequences that finished or were preempted since the step before.
         block_copies: (from, to): blocks of the cache to be copied before the forward pass.
-        source_rows: of the step before, whose tokens these compute and only the device knows; None: they are known.
+        source_rows: of the step before, that draw what the first of these compute: only the device knows it.
     """
 
     seqs: list[Sequence]
@@ -30,7 +31,7 @@ class SchedulerOutput:
     is_decode: bool
     retired_seq_ids: list[str]
     block_copies: list[tuple[int, int]]
-    source_rows: list[int] | None = None
+    source_rows: Collection[int] = ()
 
     @property
     def phase(self) -> str:

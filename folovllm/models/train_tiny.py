@@ -253,7 +253,7 @@ def train(
 def save(model: Qwen3ForCausalLM, out: Path) -> None:
     """The checkpoint in bf16, with the defaults for generation."""
     torch.nn.Module.to(model, "cpu", torch.bfloat16).eval()
-    model.generation_config = GenerationConfig(eos_token_id=[0, 2], pad_token_id=0, do_sample=False)
+    model.generation_config = GenerationConfig(eos_token_id=[0, 2], pad_token_id=0, do_sample=True, temperature=0.7)
     model.save_pretrained(out)
 
 

@@ -1,7 +1,8 @@
 """The harness: which stages the suite runs against, and what tests share.
 
 Every test is written once and takes the stage as a fixture; `--milestone` chooses what stands behind it. Tests never
-name a stage's module: they reach into it with `submodule(stage, "sample.sampler")`. Everything expensive (engines,
+name a stage's module: they reach into it with `submodule(stage, "sample.sampler")`. Tests without that fixture are of
+the repository, and a run of one milestone leaves them out unless their file is named. Everything expensive (engines,
 checkpoints, oracles) is made at most once a session, and only when a test asks for it.
 """
 
@@ -181,6 +182,8 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("deep" if config.option.deep else "ci")
     options = config.option.milestone, config.option.practice_as
     config.stash[_MILESTONES] = parse_milestones(*options, known_stages(), config.invocation_params.dir)
+    if config.option.practice_as and config.option.tbstyle == "auto":
+        config.option.tbstyle = "short"  # most of what is not built yet fails to be imported, deep in importlib
 
 
 _MILESTONES = pytest.StashKey[list[Milestone]]()
@@ -196,9 +199,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     selected: list[pytest.Item] = []
     deselected: list[pytest.Item] = []
+    one_stage = config.option.milestone is not None and len(config.stash[_MILESTONES]) == 1
+    named = {(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args}
     for item in items:
         milestone = getattr(item, "callspec", None) and item.callspec.params.get("stage")  # type: ignore[attr-defined]
-        (selected if milestone is None or _concerns(item, milestone) else deselected).append(item)
+        # A test without a stage is of the repository: whoever asks for one stage gets it only by naming its file.
+        wanted = _concerns(item, milestone) if milestone else not one_stage or item.path in named
+        (selected if wanted else deselected).append(item)
         if item.get_closest_marker("slow") and not config.option.deep:
             item.add_marker(pytest.mark.skip(reason="slow: runs with --deep"))
         if item.get_closest_marker("gpu") and not _has_cuda():

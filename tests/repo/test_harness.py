@@ -132,11 +132,21 @@ def test_chosen_stages(tree: Path, option: str, expected: list[str]) -> None:
     results, printed = run(tree, "--milestone", option)
     assert passed(results, "test_every") == expected, printed
     assert passed(results, "test_late") == [stage for stage in expected if stage != "m0"]
-    assert passed(results, "test_no_stage") == [""]
+    assert passed(results, "test_no_stage") == ([""] if len(expected) > 1 else [])
+
+
+@pytest.mark.parametrize("chosen", [["m0"], ["practice/m1", "--as", "m1"]], ids=["stage", "practice"])
+def test_one_stage_and_a_test_without_one(tree: Path, chosen: list[str]) -> None:
+    """It runs where its file is named, and not where a folder is."""
+    for argument in ("test_sample.py", "test_sample.py::test_no_stage", str(tree / "test_sample.py")):
+        results, printed = run(tree, argument, "--milestone", *chosen)
+        assert passed(results, "test_no_stage") == [""], printed
+    results, printed = run(tree, str(tree), "--milestone", *chosen)
+    assert passed(results, "test_no_stage") == [] and len(passed(results, "test_every")) == 1, printed
 
 
 def test_deep_runs_what_is_slow(tree: Path) -> None:
-    results, printed = run(tree, "--milestone", "m0", "--deep")
+    results, printed = run(tree, "test_sample.py", "--milestone", "m0", "--deep")
     assert passed(results, "test_slow") == ["m0"], printed
     assert passed(results, "test_profile") == [""]
 

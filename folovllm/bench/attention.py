@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the JSON to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
     return parser
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from .. import lab
 from ..stages import known_stages
@@ -111,9 +112,12 @@ def open_transformers(stack: ExitStack, args: argparse.Namespace, engine: dict[s
 def run_in_turns(runners: dict[str, Runner], workload: Workload, repeats: int) -> dict[str, list[lab.Result]]:
     """A B C, C B A, A B C, …: a slow trend of the machine then favours nobody."""
     results: dict[str, list[lab.Result]] = {name: [] for name in runners}
-    for turn in range(repeats):
-        for name in list(runners) if turn % 2 == 0 else reversed(runners):
-            results[name].append(runners[name](workload))
+    with tqdm(total=repeats * len(runners), unit="run", disable=None) as bar:  # at a terminal only
+        for turn in range(repeats):
+            for name in list(runners) if turn % 2 == 0 else reversed(runners):
+                bar.set_description(f"{name}, {turn + 1} of {repeats}")
+                results[name].append(runners[name](workload))
+                bar.update()
     return results
 
 

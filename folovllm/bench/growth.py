@@ -6,7 +6,6 @@ through the time of all tokens so far. The points and the fits go to docs/result
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import TINY, lab
+from .options import print_json
 
 
 def fastest(results: Sequence[lab.Result]) -> lab.Result:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     path = lab.save_result("_".join(parts if args.dtype == "auto" else [*parts, args.dtype]), figures)
     print(f"first {figures['ms_per_token'][0]:.2f} ms a token, last {figures['ms_per_token'][-1]:.2f} ms")
     print(f"written to {path}")
-    print(json.dumps({key: value for key, value in figures.items() if key not in ("contexts", "ms_per_token")}))
+    print_json({key: value for key, value in figures.items() if key not in ("contexts", "ms_per_token")})
     return 0
 
 

@@ -18,7 +18,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the JSON to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
 
 
 def open_llm(args: argparse.Namespace, stage: str | None, **overrides: Any) -> Any:
@@ -62,7 +62,7 @@ def run_script(
     measure: Callable[[argparse.Namespace], dict[str, Any]],
     show: Callable[[dict[str, Any]], None],
 ) -> int:
-    """A benchmark from arguments to exit code: measure, show it to people, end with one line of JSON for programs.
+    """A benchmark from arguments to exit code: measure, show it to people, and to programs as one line of JSON.
 
     Returns:
         0, or 2 when the user must change something.
@@ -76,5 +76,11 @@ def run_script(
     show(figures)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps(figures, ensure_ascii=False))
+    print_json(figures)
     return 0
+
+
+def print_json(figures: dict[str, Any]) -> None:
+    """One line of JSON for the program at the other end of a pipe; at a terminal there is none."""
+    if not sys.stdout.isatty():
+        print(json.dumps(figures, ensure_ascii=False))

@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=str(TINY), help="quality: folder or hub id (default: the embedded model)")
     parser.add_argument("--dtype", default="bfloat16", help="decode: of activations, and of what is not quantised")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the JSON to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
     return parser
 
 

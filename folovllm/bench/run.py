@@ -1,4 +1,4 @@
-"""One workload on one stage: `python -m folovllm.bench.run --stage m0 --workload single`. A table for people, then one
+"""One workload on one stage: `python -m folovllm.bench.run --stage m0 --workload single`. A table for people, and one
 line of JSON for programs."""
 
 import argparse
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import TINY, lab
+from .options import print_json
 from .workloads import WORKLOADS
 
 
@@ -22,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-format", default="auto", help="auto, or dummy: random weights")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the JSON to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
     return parser
 
 
@@ -63,10 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_table(figures)
-    line = json.dumps(figures, ensure_ascii=False)
     if args.json:
-        args.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+        args.json.write_text(json.dumps(figures, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_json(figures)
     return 0
 
 

@@ -7,7 +7,6 @@ on the vocabulary of Qwen3, with the first stage's own sampler for the former; t
 
 import argparse
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import lab
+from .options import print_json
 
 VOCAB_SIZE = 151_936
 TEMPERATURE = 0.6
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in figures["median_ms"].items():
         print(f"{name:24}{value:10.3f} ms")
     print(f"written to {lab.save_result(f'sampling_{args.device}', figures)}")
-    print(json.dumps(figures))
+    print_json(figures)
     return 0
 
 

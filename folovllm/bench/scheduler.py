@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", help="m2, m3, … (default: the newest)")
     parser.add_argument("--num-seqs", type=int, default=256, help="sequences that run (default: 256)")
     parser.add_argument("--steps", type=int, default=200, help="decode steps that are timed (default: 200)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the JSON to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
     return parser
 
 

@@ -416,6 +416,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             document.write_text(text, encoding="utf-8")
             print(f"wrote {document.relative_to(root)}")
+    if not found:
+        print("all tables are up to date")
     return int(args.check and bool(found))
 
 

@@ -12,8 +12,10 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,6 +76,8 @@ def _converse(llm: Any, params: Any, interactive: bool) -> int:
             return 0
         if line == "/reset":
             history.clear()
+        elif re.fullmatch(r"/\w+", line):
+            print(f"There is no {line}: /reset forgets the conversation, and /quit leaves.")
         elif line:
             question = {"role": "user", "content": line}
             try:
@@ -134,6 +138,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     perplexity, num_tokens, window = evaluate(args.model, _read_text(args.text), window=args.window, **options)
     what = args.text or "what the model itself says"
     print(f"perplexity {perplexity:.4f} of {what} ({num_tokens:,} tokens, windows of {window})")
+    if args.text is None:
+        print("Another model says other things: to compare models, give both the same --text FILE.")
     return 0
 
 
@@ -148,6 +154,8 @@ def diff(args: argparse.Namespace) -> int:
     """Print the diff of two stages, or its summary, or write it as a page."""
     found = stages.diff(stages.find_root(), args.a, args.b, args.file)
     _show_diff(found, " ".join(filter(None, ["folovllm diff", args.a, args.b, args.file])), args)
+    if not found:
+        print(f"{args.file or 'everything'} is the same in {args.a} and {args.b}")
     return 0
 
 
@@ -157,7 +165,8 @@ def _show_diff(found: list[stages.FileDiff], title: str, args: argparse.Namespac
         print(f"wrote {args.html}")
     if not args.stat and not args.html:
         _print_coloured([line for item in found for line in item.unified])
-    print(stages.format_stat(found))
+    if found:
+        print(stages.format_stat(found))
 
 
 def practice(args: argparse.Namespace) -> int:
@@ -172,8 +181,14 @@ def practice(args: argparse.Namespace) -> int:
     elif args.compare is not None:
         found = sheets.compare(root, args.stage, args.compare or None)
         _show_diff(found, f"folovllm practice {args.stage} --compare", args)
+        if not found:
+            print(f"{args.compare or 'everything'} is the same in your copy and in ours")
+    elif args.stat or args.html:
+        raise ValueError("--stat and --html go with --compare, as in: folovllm practice m5 --compare --stat")
     else:
-        folder = sheets.start(root, args.stage, args.fresh).relative_to(root)
+        if args.fresh and (aside := sheets.move_aside(root, args.stage)):
+            print(f"The copy that was there is {aside.relative_to(root)} now.")
+        folder = sheets.start(root, args.stage).relative_to(root)
         print(f"{folder} is a copy of {sheets.find_stages(root, args.stage)[1]}: make {args.stage} of it.")
         print(f"The tasks, their tests and hints are in {folder / sheets.TASKS}; to compare with ours:")
         print(f"  folovllm practice {folder.name} --compare [FILE] [--stat]")
@@ -210,8 +225,16 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+def _version() -> str:
+    try:
+        return metadata.version("folovllm")
+    except metadata.PackageNotFoundError:  # run from its folder
+        return "(not installed)"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="folovllm", description="A small vLLM, built in eight steps.")
+    parser.add_argument("--version", action="version", version=f"folovllm {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("generate", help="continue prompts: [--stage NAME] and then that stage's own options")
 
@@ -306,14 +329,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["generate"]:
             return generate(argv[1:])
-        args = _parser().parse_args(argv)
+        args = _parser().parse_args(argv or ["--help"])
         code = int(args.run(args))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `folovllm diff m0 m1 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except OSError as error:  # without its number
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ What is measured is `evaluate.py::perplexity` of the stage; here is only what go
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def evaluate(
     *,
     window: int | None = None,
     num_samples: int = 16,
+    use_tqdm: bool = True,
     stage: str | None = None,
     **options: Any,
 ) -> tuple[float, int, int]:
@@ -32,6 +34,7 @@ def evaluate(
         text: None: what the model itself says when it is let talk, the same for the same model and seed.
         window: tokens of context at most, the foreseen one included; None: 512, or the model's length if that is less.
         num_samples: windows that the model writes, where there is no text.
+        use_tqdm: tell on stderr what is being done, with a bar for what takes long.
         stage: None: FOLOVLLM_STAGE, or the newest.
         **options: of the engine (`EngineConfig`).
 
@@ -45,9 +48,11 @@ def evaluate(
     with import_stage(stage).LLM(model, **{"enforce_eager": True, **options}) as llm:
         window = check_window(llm, window)
         if text is None:
-            token_ids = sample_token_ids(llm, num_samples, window, SAMPLE_SEED).flatten()
+            tell(f"Letting the model write {num_samples} texts of {window} tokens", use_tqdm)
+            token_ids = sample_token_ids(llm, num_samples, window, SAMPLE_SEED, use_tqdm).flatten()
         else:
             token_ids = encode(llm, text)
+        tell(f"Measuring the perplexity of {len(token_ids):,} tokens", use_tqdm)
         return (*perplexity(llm.model, token_ids, window), window)
 
 
@@ -66,6 +71,12 @@ def stage_module(stage: str | None, name: str) -> Any:
         raise ValueError(f"{package} has no {name}.py; name a stage that has it with --stage") from None
 
 
+def tell(what: str, use_tqdm: bool) -> None:
+    """A line on stderr on what takes its time now, where progress is wanted."""
+    if use_tqdm:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 def check_window(llm: Any, window: int | None) -> int:
     """The window in tokens, settled; raises ValueError if the model has no so many positions."""
     longest = llm.hf_config.max_position_embeddings
@@ -81,7 +92,7 @@ def encode(llm: Any, text: str) -> torch.Tensor:
     return torch.tensor(llm.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.int64)
 
 
-def sample_token_ids(llm: Any, num_samples: int, length: int, seed: int) -> torch.Tensor:
+def sample_token_ids(llm: Any, num_samples: int, length: int, seed: int, use_tqdm: bool = False) -> torch.Tensor:
     """What the model says, from the token that begins a document, at temperature 1: int64 [num_samples, length]."""
     start = llm.hf_config.bos_token_id
     if start is None:
@@ -89,5 +100,5 @@ def sample_token_ids(llm: Any, num_samples: int, length: int, seed: int) -> torc
         start = ends[0] if isinstance(ends, list) else ends or 0
     params_class = type(llm.get_default_sampling_params())
     params = params_class(n=num_samples, temperature=1.0, max_tokens=length - 1, ignore_eos=True, seed=seed)
-    (output,) = llm.generate({"prompt_token_ids": [start]}, params, use_tqdm=False)
+    (output,) = llm.generate({"prompt_token_ids": [start]}, params, use_tqdm=use_tqdm)
     return torch.tensor([[start, *completion.token_ids] for completion in output.outputs])

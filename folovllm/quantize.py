@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from . import import_stage
-from .evaluate import SAMPLE_SEED, check_window, encode, sample_token_ids, stage_module
+from .evaluate import SAMPLE_SEED, check_window, encode, sample_token_ids, stage_module, tell
 
 _COPIED = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _HELD_OUT = 16  # windows that perplexity is measured on, at most
@@ -83,6 +83,7 @@ def quantize(
         num_samples: windows of it, of `sample_length` tokens (None: 512, or what the model can).
         damping: added to the Hessian's diagonal, as a share of its mean.
         seed: of the sampled text, or of the choice of windows.
+        use_tqdm: tell on stderr what is being done, with a bar for what takes long.
         stage: which stage computes; None: FOLOVLLM_STAGE, or the newest.
         **options: of the engine (`EngineConfig`); dtype is float32 and gpu_memory_utilization 0.5 unless given.
 
@@ -104,21 +105,25 @@ def quantize(
     # On a GPU, half of the memory is left for Hessians and their inverses.
     defaults = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.5}
     with import_stage(stage).LLM(folder, **{**defaults, **options}) as llm:
-        samples, held_out = _choose_samples(llm, calibration, num_samples, check_window(llm, sample_length), seed)
+        length = check_window(llm, sample_length)
+        samples, held_out = _choose_samples(llm, calibration, num_samples, length, seed, use_tqdm)
+        tell(f"Measuring the perplexity of {held_out.numel():,} other tokens", use_tqdm)
         before, _ = perplexity(llm.model, held_out.flatten(), held_out.shape[1])
         tensors, errors = quantizer.quantize_layers(llm.model, samples, config, method, damping, use_tqdm)
+        tell("Measuring the perplexity once more", use_tqdm)
         after, _ = perplexity(llm.model, held_out.flatten(), held_out.shape[1])
     sizes = _write_checkpoint(dict(loader.read_safetensors(folder)), folder, out, tensors, config.to_dict())
     return QuantizationReport(errors, before, after, *sizes)
 
 
 def _choose_samples(
-    llm: Any, text: str | None, num_samples: int, length: int, seed: int
+    llm: Any, text: str | None, num_samples: int, length: int, seed: int, use_tqdm: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows to calibrate with and windows to measure by, int64 [n, length] both."""
     if text is None:
-        samples = sample_token_ids(llm, num_samples, length, seed)
-        return samples, sample_token_ids(llm, _HELD_OUT, length, SAMPLE_SEED + seed)
+        tell(f"Letting the model write {num_samples} + {_HELD_OUT} texts of {length} tokens", use_tqdm)
+        samples = sample_token_ids(llm, num_samples, length, seed, use_tqdm)
+        return samples, sample_token_ids(llm, _HELD_OUT, length, SAMPLE_SEED + seed, use_tqdm)
     token_ids = encode(llm, text)
     windows = token_ids[: len(token_ids) // length * length].view(-1, length)
     if len(windows) < 2:
@@ -156,6 +161,8 @@ def _write_checkpoint(
         for name, content in contents.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_torch_state_dict(merged, temporary)
+        for path in temporary.glob("*.safetensors"):  # written for the owner alone, unlike the rest
+            path.chmod((temporary / "config.json").stat().st_mode)
         temporary.replace(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

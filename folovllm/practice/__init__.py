@@ -71,28 +71,19 @@ def folder_of(root: Path, stage: str) -> Path:
     return root / "practice" / stage.split("_")[0]
 
 
-def start(root: Path, name: str, fresh: bool = False) -> Path:
-    """Copy the stage before `name` to the learner's folder, with the task sheet.
-
-    Args:
-        fresh: begin again; a folder that is there is moved aside, to practice/m5_old1, m5_old2, …
-
-    Returns:
-        The folder.
+def start(root: Path, name: str) -> Path:
+    """Copy the stage before `name` to the learner's folder, with the task sheet; returns the folder.
 
     Raises:
         LedgerError: an unknown stage, or one with nothing before it.
-        ValueError: the folder is there, and `fresh` is not set.
+        ValueError: the folder is there.
     """
     stage, before = find_stages(root, name)
     folder = folder_of(root, stage)
     if folder.exists():
-        if not fresh:
-            raise ValueError(
-                f"{folder} is there, and stays as it is: go on with it, or begin again with --fresh, which moves it "
-                "aside"
-            )
-        move_aside(folder)
+        raise ValueError(
+            f"{folder} is there, and stays as it is: go on with it, or begin again with --fresh, which moves it aside"
+        )
     sheet = SHEETS / f"{folder.name}.md"
     for path, data in read_stage(root, before).items():
         if path not in _PAGES:
@@ -103,8 +94,11 @@ def start(root: Path, name: str, fresh: bool = False) -> Path:
     return folder
 
 
-def move_aside(folder: Path) -> Path:
-    """Rename a folder to the first of NAME_old1, NAME_old2, … that is free."""
+def move_aside(root: Path, name: str) -> Path | None:
+    """Rename the learner's folder, if it is there, to the first of practice/m5_old1, m5_old2, … that is free."""
+    folder = folder_of(root, find_stages(root, name)[0])
+    if not folder.exists():
+        return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}_old{number}")).exists():
         number += 1

@@ -1,6 +1,7 @@
 """`diff`: what one stage does to another, for the terminal and as a page.
 
-The diff between neighbours is the lesson, so it is shown whole, followed by one line a file.
+The diff between neighbours is the lesson, so it is shown whole, followed by one line a file. Code comes first, and the
+pages after it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FileDiff:
 
 
 def diff(root: Path, a: str, b: str, file: str | None = None) -> list[FileDiff]:
-    """The files that differ from stage `a` to stage `b`, by path; with `file`, only that one, or all of that name.
+    """The files that differ from stage `a` to stage `b`; with `file`, only that one, or all of that name.
 
     `file` is a path inside the stage, or the end of one ("scheduler.py"). Raises LedgerError for unknown names.
     """
@@ -45,7 +46,7 @@ def diff(root: Path, a: str, b: str, file: str | None = None) -> list[FileDiff]:
 
 def diff_trees(a: str, old: dict[str, bytes], b: str, new: dict[str, bytes], file: str | None = None) -> list[FileDiff]:
     """`diff` for any two folders `a` and `b`, given their files (path inside: content)."""
-    paths = sorted({*old, *new})
+    paths = sorted({*old, *new}, key=lambda path: (_is_page(path), path))
     if file is not None:
         inside = re.sub(rf"^({re.escape(a)}|{re.escape(b)})/", "", file)
         paths = [inside] if inside in paths else [path for path in paths if path.endswith(f"/{inside}")]
@@ -63,6 +64,10 @@ def diff_trees(a: str, old: dict[str, bytes], b: str, new: dict[str, bytes], fil
     return found
 
 
+def _is_page(path: str) -> bool:
+    return path.endswith(".md")
+
+
 def _text_lines(data: bytes) -> list[str]:
     """Lines without their ends; a last line that has none says so the way git does."""
     lines = data.decode("utf-8", "replace").split("\n")
@@ -74,12 +79,21 @@ def _text_lines(data: bytes) -> list[str]:
 
 
 def format_stat(diffs: list[FileDiff]) -> str:
-    """One line a file and a sum."""
+    """One line a file and a sum, and that of the code if there are pages as well."""
     width = max((len(item.path) for item in diffs), default=0)
     lines = [f"{item.path:<{width}}  {item.status:<7}  {f'+{item.added}':>6} {f'-{item.removed}':>6}" for item in diffs]
-    added, removed = sum(item.added for item in diffs), sum(item.removed for item in diffs)
-    new = sum(item.status == "new" for item in diffs)
-    return "\n".join([*lines, f"files: {len(diffs)}, of them new: {new}, lines: +{added} -{removed}"])
+    total = f"files: {len(diffs)}, of them new: {sum(item.status == 'new' for item in diffs)}, "
+    if gone := sum(item.status == "gone" for item in diffs):
+        total += f"gone: {gone}, "
+    total += f"lines: {_sum(diffs)}"
+    code = [item for item in diffs if not _is_page(item.path)]
+    if len(code) < len(diffs):
+        total += f", of code: {_sum(code)}"
+    return "\n".join([*lines, total])
+
+
+def _sum(diffs: list[FileDiff]) -> str:
+    return f"+{sum(item.added for item in diffs)} -{sum(item.removed for item in diffs)}"
 
 
 _PAGE = """<!doctype html>

@@ -560,6 +560,7 @@ def test_what_is_written_is_what_was_fitted(
     assert [layer.name for layer in report.layers] == list(fitted)
     assert report.perplexity_before > 1 and report.perplexity_after > 1
     assert (tmp_path / "new").exists() and [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # whoever may read one may read all
 
 
 @pytest.mark.usefixtures("tools")
@@ -727,7 +728,9 @@ def test_quantize_and_eval(
 def test_eval_of_what_the_model_says(dense_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = command(capsys, "eval", dense_path, "--window", 16, "--device", "cpu")
     assert code == 0
-    assert re.fullmatch(r"perplexity [\d.]+ of what the model itself says \(240 tokens, windows of 16\)\n", said)
+    first, second = said.splitlines()
+    assert re.fullmatch(r"perplexity [\d.]+ of what the model itself says \(240 tokens, windows of 16\)", first)
+    assert "--text FILE" in second
 
 
 @pytest.mark.usefixtures("tools")

@@ -9,6 +9,7 @@ import builtins
 import importlib.util
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def test_generate_help_is_the_stages(front: Path) -> None:
         (["chat", "--model", "elsewhere"], None, "elsewhere is not a model"),
         (["chat", "--max-tokens", "many"], None, "--max-tokens"),
         (["practise"], None, "practise"),
-        ([], None, "COMMAND"),
+        (["chat", "--model"], None, "--model"),
     ],
 )
 def test_a_fault_of_the_user_is_one_sentence(
@@ -167,6 +168,22 @@ def test_a_fault_of_the_user_is_one_sentence(
     code, out, err = folovllm(front, *arguments, stage=chosen)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and complaint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=repr)
+def test_help(front: Path, arguments: list[str]) -> None:
+    code, out, err = folovllm(front, *arguments)
+    assert (code, err) == (0, "") and out.startswith("usage: folovllm") and "practice" in out
+
+
+def test_version(front: Path) -> None:
+    assert re.fullmatch(r"folovllm (\d+\.\d+\.\d+|\(not installed\))\n", folovllm(front, "--version")[1])
+
+
+def test_a_file_that_is_not_there(front: Path) -> None:
+    expected = (2, "", "error: nothere.txt: No such file or directory\n")
+    assert folovllm(front, "diff", "m0", "m1", "--html", "/no/where.html")[2].startswith("error: /no/where.html: No")
+    assert folovllm(front, "eval", "--text", "nothere.txt") == expected
 
 
 def test_a_wheel_generates_but_has_no_ledger(front: Path) -> None:
@@ -199,6 +216,12 @@ def test_chat_answers_piped_questions_and_remembers_them(front: Path) -> None:
     first = "256/0.5/None u:one"
     second = f"256/0.5/None u:one a:{first} u:two"
     assert (code, out, err) == (0, f"{ABOUT}{first}\n{second}\n256/0.5/None u:three\n", "")
+
+
+def test_chat_knows_its_commands(front: Path) -> None:
+    code, out, _ = folovllm(front, "chat", stdin="/help\n/ what?\n")
+    assert code == 0
+    assert "There is no /help: /reset" in out and out.endswith("u:/ what?\n")
 
 
 def test_chat_options_reach_the_sampler(front: Path) -> None:

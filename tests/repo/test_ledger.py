@@ -362,6 +362,23 @@ def test_diff_shows_what_a_stage_changes(tree: Path, capsys: pytest.CaptureFixtu
         assert f"\n{line}\n" in f"\n{out}"
     assert "config.py" not in out
     assert "files: 3, of them new: 1, lines: +5 -2" in out
+    assert cli.main(["diff", "m2", "m1"]) == 0
+    assert "files: 3, of them new: 0, gone: 1, lines: +2 -5" in capsys.readouterr().out
+
+
+def test_diff_shows_pages_last(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage, text in (("m0_one", "one\n"), ("m1_two", "two\nlines\n")):
+        write(tree / stage / "README.md", text)
+    found = stages.diff(tree, "m0", "m1")
+    assert [item.path for item in found] == ["engine/core.py", "extra.py", "README.md"]
+    assert stages.format_stat(found).splitlines()[-1] == "files: 3, of them new: 1, lines: +4 -2, of code: +2 -1"
+
+
+@pytest.mark.parametrize("words", [["m0", "m1", "config.py"], ["m1", "m1"], ["m0", "m1", "config.py", "--stat"]])
+def test_diff_of_what_is_the_same(tree: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert cli.main(["diff", *words]) == 0
+    what = "config.py" if "config.py" in words else "everything"
+    assert capsys.readouterr().out == f"{what} is the same in {words[0]} and {words[1]}\n"
 
 
 def test_diff_is_a_patch_that_git_applies(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,7 @@ def test_what_a_learner_wrote_is_never_overwritten(root: Path, capsys: pytest.Ca
     assert (root / "practice" / "m5" / "config.py").read_text() == "first"
     for number in (1, 2):
         assert main(["practice", "m5", "--fresh"]) == 0
+        assert f"is practice/m5_old{number} now" in capsys.readouterr().out
         assert (root / "practice" / "m5" / "config.py").read_bytes() == (root / "m4_flash" / "config.py").read_bytes()
         (root / "practice" / "m5" / "config.py").write_text(f"again {number}")
     assert (root / "practice" / "m5_old1" / "config.py").read_text() == "first"
@@ -195,6 +196,8 @@ def test_comparing_with_ours(root: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "--- practice/m5/config.py" in printed
     assert '-    chunk_policy: str = "mine"' in printed and '+    chunk_policy: str = "fixed"' in printed
     assert "files: 1, of them new: 0, lines: +1 -1" in printed
+    assert main(["practice", "m5", "--compare", "llm.py"]) == 0
+    assert capsys.readouterr().out == "llm.py is the same in your copy and in ours\n"
 
     page = root / "page.html"
     assert main(["practice", "m5", "--compare", "--html", str(page)]) == 0
@@ -209,6 +212,7 @@ def test_comparing_with_ours(root: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["m5", "--compare"], "begin with folovllm practice m5"),
         (["--compare"], "which stage?"),
         (["--fresh"], "which stage?"),
+        (["m5", "--stat"], "--stat and --html go with --compare"),
     ],
 )
 def test_mistakes(root: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -123,7 +123,9 @@ def main() -> int:
     told = [story.text for story in stories(False, "interop", 12)]
     token_ids = transformers.AutoTokenizer.from_pretrained(TINY).encode(told[0], add_special_tokens=False)[:256]
     cases: list[dict[str, Any]] = []
+    report_file = args.json and args.json.resolve()
     with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)  # gptqmodel writes its logs where it runs
         for number, (bits, group_size, act_order, sym) in enumerate(OURS):
             out = Path(scratch) / f"ours{number}"
             kind: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
@@ -143,6 +145,7 @@ def main() -> int:
             model.save(str(out))
             cases.append({"writer": "gptqmodel", **kind, **compare(stage, out, token_ids)})
             print(json.dumps(cases[-1]), flush=True)
+        os.chdir(ROOT)
     passed = all(
         case["largest_weight_difference"] == 0 and case["relative_logits_difference"] <= TOLERANCE for case in cases
     )
@@ -161,8 +164,8 @@ def main() -> int:
         "passed": passed,
         "cases": cases,
     }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if report_file:
+        report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print("all equal" if passed else "THEY DIFFER", f"({report['seconds']} s)")
     return 0 if passed else 1
 

@@ -50,6 +50,7 @@ def settings(model: str) -> None:
         scheduling_policy="priority",  # or "fcfs", or "sjf": the shortest prompt first
         # speed
         attention_backend="auto",  # "flash", "paged" or "naive"
+        async_scheduling=None,  # launch a decode step before the tokens of the one before are known; None: on CUDA
         enforce_eager=False,  # True: no CUDA graphs
         cuda_graph_sizes=None,  # batch sizes to record
         enable_chunked_prefill=True,  # False: a prompt is computed in one step

@@ -65,6 +65,7 @@ class EventsWithChunks(Events):
         )
         self.manager = self.scheduler.kv_cache_manager
         self.cache = GhostCache(num_blocks, block_size)
+        self.siblings: set[str] = set()  # that share a prompt and have no token yet
 
     @precondition(lambda self: self.seqs)
     @rule(leaver=st.none() | st.integers(0, 3))
@@ -105,6 +106,7 @@ class EventsWithChunks(Events):
         seqs, nums = scheduled.seqs, num_tokens(scheduled)
         assert 0 < len(seqs) <= len(self.scheduler.running) <= self.max_num_seqs
         assert min(nums) > 0 and sum(nums) == scheduled.total_num_scheduled_tokens <= self.budget
+        self.nums = dict(scheduled.num_scheduled_tokens)
         self.cache.run(scheduled.block_copies, dict(zip(seqs, nums, strict=True)))
         for seq, num in zip(seqs, nums, strict=True):
             assert seq.status is self.status.RUNNING and seq in self.scheduler.running
@@ -131,14 +133,48 @@ class EventsWithChunks(Events):
             assert left_behind == [seq for seq in waiting if seq not in newcomers]
             for seq in waiting[: waiting.index(newcomers[-1])] if newcomers else []:
                 if seq in left_behind:  # then it waits for its prompt, which somebody is computing
-                    parent = next(p for p in seqs if p.request_id == seq.request_id)
+                    parent = next(p for p in seqs if p.request_id == seq.request_id and p.num_output_tokens == 0)
                     assert parent.num_computed_tokens < parent.num_tokens, "somebody was overtaken"
+        self.siblings -= {seq.seq_id for seq in newcomers}
+        self.siblings |= {seq.seq_id for seq in newcomers if seq not in seqs}
+        self.siblings &= {seq.seq_id for seq in self.scheduler.running if seq.num_output_tokens == 0}
+        if not new["no free block"]:
+            self.check_nobody_waits_in_vain(seqs, newcomers, rest)
         for seq in newcomers:
             if seq not in seqs:  # a sibling of one whose prompt is computed now
                 parent = next(p for p in seqs if p.request_id == seq.request_id and p.block_table == seq.block_table)
                 assert parent in scheduled.sampled_seqs
                 assert seq.num_computed_tokens == seq.num_prompt_tokens - 1
         return scheduled
+
+    def check_nobody_waits_in_vain(self, seqs: list[Any], newcomers: list[Any], rest: int) -> None:
+        """The first of those who wait, but for siblings of a prompt under way, could not have come."""
+        running, size = self.scheduler.running, self.manager.block_size
+        following, can_share = None, False
+        for seq in self.scheduler.waiting:
+            parents = [p for p in seqs if p.request_id == seq.request_id and p.num_output_tokens == 0]
+            can_share = seq.num_output_tokens == 0 and parents != []
+            if not can_share or all(p.num_computed_tokens == p.num_tokens for p in parents):
+                following = seq
+                break
+        if following is None:
+            return
+        if self.policy == "priority":  # nobody less urgent has what it needs: tokens of a prompt, or a row
+            num_tokens_of = [1 if seq not in seqs else self.nums[seq.seq_id] for seq in running]
+            urgent = [seq.request.priority <= following.request.priority for seq in running]
+            assert all(u or n == 1 for u, n in zip(urgent, num_tokens_of, strict=True)), "a less urgent one has tokens"
+            assert rest == 0 or all(urgent), "a less urgent one runs"
+        has_row = len(running) < self.max_num_seqs
+        if has_row and (rest > 0 or can_share):
+            promised = sum(
+                -(-seq.num_tokens // size) - len(seq.block_table)
+                for seq in running
+                if seq.num_computed_tokens < seq.num_tokens
+            )
+            # Siblings that have no token of their own yet will copy a block, or have just done so.
+            reserve = promised + sum(seq.seq_id in self.siblings for seq in running)
+            needed = 1 if can_share else -(-following.num_tokens // size)
+            assert needed + reserve > self.manager.num_free_blocks, "it would have fitted"
 
     @invariant()
     def nobody_shares_the_cache(self) -> None:

@@ -68,7 +68,6 @@ def test_reserved_bytes(
         (100, {"block_size": 32}, 3, 96),
         (1000, {"block_size": 512}, 1, 512),
         (1000, {"max_model_len": 100}, 62, 100),
-        (1000, {"max_model_len": 20, "max_num_seqs": 3}, 6, 20),  # nobody could use more
         (1000, {"max_model_len": 300, "enable_paged_kv": False}, 1, 300),
         (1100, {"max_model_len": 200, "enable_paged_kv": False}, 4, 200),
         (1100, {"max_model_len": 200, "enable_paged_kv": False, "max_num_seqs": 3}, 3, 200),
@@ -97,6 +96,25 @@ def test_blocks_fill_the_memory_that_was_asked_for(
             assert [len(output.token_ids) for output in outputs] == [max_model_len - 2, max_model_len - 1]
     is_shortened = "max_model_len" not in options and max_model_len < 512
     assert (f"max_model_len lowered from 512 to {max_model_len}" in caplog.text) == is_shortened
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [None, False, True])
+@pytest.mark.parametrize("enable_paged_kv", [True, False])
+def test_more_than_all_could_use(
+    stage: ModuleType, checkpoint_path: CheckpointPath, enable_prefix_caching: bool | None, enable_paged_kv: bool
+) -> None:
+    """Three sequences fill six blocks. More are of use to nobody, unless what others have computed can be found."""
+    has_cache = "enable_prefix_caching" in stage.EngineConfig.__annotations__
+    if enable_prefix_caching is not None and not has_cache:
+        pytest.skip("nothing is found again before m6")
+    options: dict[str, Any] = {"max_model_len": 20, "max_num_seqs": 3, "enable_paged_kv": enable_paged_kv}
+    if enable_prefix_caching is not None:
+        options["enable_prefix_caching"] = enable_prefix_caching
+    with open_llm(stage, checkpoint_path("qwen3"), kv_cache_memory_bytes=1000 * PER_TOKEN, **options) as llm:
+        if not enable_paged_kv:
+            assert llm.config.num_kv_blocks == 3
+        else:
+            assert llm.config.num_kv_blocks == (62 if has_cache and enable_prefix_caching is not False else 6)
 
 
 def test_the_log_says_what_is_reserved(

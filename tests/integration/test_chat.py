@@ -88,3 +88,15 @@ def test_a_template_that_refuses(new_llm: NewLLM, checkpoint_path: CheckpointPat
     llm = new_llm(checkpoint_path("qwen3"), tokenizer=save_tokenizer(tmp_path, template))
     with pytest.raises(ValueError, match="roles must alternate"):
         llm.chat(HELLO, use_tqdm=False)
+
+
+def test_of_several_chats_one_that_cannot_be_served(stage: ModuleType, make_llm: MakeLLM) -> None:
+    """The others are not left behind: item 70, test_chat_batch_failure_cleanup."""
+    llm = make_llm("qwen3", max_model_len=128)
+    params = stage.SamplingParams(max_tokens=2, ignore_eos=True)
+    short, long = ([{"role": "user", "content": text}] for text in ("Hi", "word " * 200))
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens"):
+        llm.chat([short, long], params, use_tqdm=False)
+    if hasattr(llm, "engine"):
+        assert not llm.engine.has_unfinished_requests()
+    assert [len(output.token_ids) for output in llm.chat([short, short], params, use_tqdm=False)] == [2, 2]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import MAX_POSITIONS, VOCAB_SIZE
-from tests.conftest import CheckpointPath
+from tests.conftest import CheckpointPath, MakeLLM
 from tests.inside import model_of
 from tests.integration.conftest import HELLO, OTHER, TEXT, NewLLM, decode, run, token_ids
 
@@ -295,3 +295,17 @@ def test_context_manager(new_llm: NewLLM, checkpoint_path: CheckpointPath, greed
         raise KeyError("the caller's own")
     with pytest.raises(ValueError, match="closed"):
         llm.generate(TEXT)
+
+
+@pytest.mark.since("m1")
+def test_the_progress_bar_ends_where_the_text_ends(
+    stage: ModuleType, make_llm: MakeLLM, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llm = make_llm("qwen3", max_model_len=64)
+    params = stage.SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    tokens = llm.generate([5, 6], params, use_tqdm=False)[0].token_ids
+    num = tokens.index(tokens[2]) + 1
+    early = stage.SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop_token_ids=[tokens[2]])
+    capfd.readouterr()
+    llm.generate([5, 6], early)
+    assert f"{num}/{num} " in capfd.readouterr().err

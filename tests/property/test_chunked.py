@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from types import ModuleType
+from itertools import count
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from ..conftest import GetOracle, MakeLLM
+from ..conftest import CheckpointPath, GetOracle, MakeLLM, open_llm, submodule
 from .test_batching import failing_at
 from .test_engine import check_empty
 from .test_kv_cache_manager import GhostCache
@@ -314,3 +315,26 @@ def test_steps_of_mixed_batches(stage: ModuleType, make_llm: MakeLLM) -> None:
     records = llm.engine.stats.steps
     assert Counter(record.phase for record in records)["mixed"] >= 3
     assert ids(llm.engine.core.scheduler.running) == []
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_scheduler_is_told_how_long_steps_take(
+    is_async: bool, stage: ModuleType, checkpoint_path: CheckpointPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In seconds, by a clock that goes on by 5 ms whenever somebody looks; of steps that began unseen, nothing."""
+    options: dict[str, Any] = {"chunk_policy": "dynamic", "target_step_time_ms": 30.0, "async_scheduling": is_async}
+    with open_llm(stage, checkpoint_path("qwen3"), max_model_len=64, num_kv_blocks=20, **options) as llm:
+        told: list[tuple[bool, float]] = []
+        looks = count()
+        clock = SimpleNamespace(perf_counter=lambda: 0.005 * next(looks))
+        monkeypatch.setattr(submodule(stage, "engine.core"), "time", clock)
+        core = llm.engine.core
+        monkeypatch.setattr(
+            core.scheduler,
+            "record_step_time",
+            lambda scheduled, seconds: told.append((scheduled.source_rows is None, seconds)),
+        )
+        llm.generate([[1, 2, 3], [4]], stage.SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
+        num_told = 1 if is_async else len(llm.engine.stats.steps)
+        assert num_told <= len(llm.engine.stats.steps) == 5
+        assert told == [(True, pytest.approx(0.005))] * num_told

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from .. import strategies
 from ..checkpoints import EOS, SCRIPTS, SPECS, VOCAB_SIZE, byte_token_id
@@ -386,3 +387,20 @@ def test_characters_are_streamed_whole(stage: ModuleType, make_llm: MakeLLM) -> 
     assert [delta for delta in broken if delta] == ["\ufffdz"]
     cut = stage.SamplingParams(temperature=0.0, max_tokens=3)  # in the middle of the second character
     assert "".join(output.delta for output in llm.stream([byte_token_id(ord(">"))], cut)) == "é"
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3", "qwen2", "llama3", "tiny"])
+def test_logits_in_bfloat16(
+    checkpoint: str, stage: ModuleType, checkpoint_path: CheckpointPath, get_oracle: GetOracle
+) -> None:
+    """No further from float32 than twice as far as transformers is in bfloat16."""
+    prompt = torch.randint(3, 500, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    folder = checkpoint_path(checkpoint)
+    with open_llm(stage, folder, dtype="bfloat16", max_model_len=128) as llm:
+        token_ids, ours = engine_logits(stage, llm, prompt, max_tokens=20)
+    exact = get_oracle(checkpoint).logits(token_ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        theirs = model(torch.tensor([token_ids])).logits[0].float()
+    ours_error, theirs_error = (float((x.float() - exact).norm() / exact.norm()) for x in (ours, theirs))
+    assert 0 < ours_error < 2 * theirs_error < 0.2

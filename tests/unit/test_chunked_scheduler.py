@@ -549,3 +549,92 @@ def test_the_first_chunk_is_when_it_was_scheduled(stage: ModuleType, make_llm: M
     assert (a.first_scheduled_time, b.first_scheduled_time) == (first[0].start, first[1].start)
     assert a.token_times[0][0] > steps[2].start and b.token_times[0][0] > steps[3].start
     assert a.arrival_time <= a.first_scheduled_time < a.token_times[0][0]
+
+
+def test_an_urgent_one_takes_a_row_and_the_tokens_with_it(stage: ModuleType) -> None:
+    """All of the budget was given to whoever has the row: it is given back, and the urgent one comes in this step."""
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "max_chunk_size": 8}
+    drive = with_chunks(stage, scheduling_policy="priority", **options)
+    drive.add("low", 60, 1, priority=5)
+    drive.step()
+    drive.add("high", 20, 1, priority=0)
+    assert chunks(drive) == {"high-0": 8}
+    assert (drive.running, drive.waiting) == (["high-0"], ["low-0"])
+    assert drive.scheduler.num_preemptions == {"urgent": 1}
+
+
+def test_an_urgent_one_among_long_prompts_comes_in_the_next_step(stage: ModuleType) -> None:
+    """The least urgent of them leaves the step, keeps its blocks and what it has computed, and nobody is preempted."""
+    drive = with_chunks(stage, scheduling_policy="priority", max_num_batched_tokens=64, max_chunk_size=16)
+    for number in range(4):
+        drive.add(f"{number}", 320, 1, priority=number + 2)
+    assert chunks(drive) == {f"{number}-0": 16 for number in range(4)}
+    drive.add("urgent", 20, 2, priority=1)
+    assert chunks(drive) == {"0-0": 16, "1-0": 16, "2-0": 16, "urgent-0": 16}
+    least = drive.seqs["3-0"]
+    assert (least.num_computed_tokens, len(least.block_table), least.status) == (
+        16,
+        2,  # the second one is there for the chunk that it did not get
+        stage.SequenceStatus.RUNNING,
+    )
+    assert chunks(drive) == {"urgent-0": 4, "0-0": 16, "1-0": 16, "2-0": 16, "3-0": 12}
+    assert chunks(drive) == {"urgent-0": 1, "0-0": 16, "1-0": 16, "2-0": 16, "3-0": 15}
+    assert drive.scheduler.num_preemptions == {}
+    check_blocks(drive)
+    drive.run()
+    assert drive.scheduler.num_preemptions == {} and drive.first[0] == "urgent-0"
+
+
+@pytest.mark.parametrize("priority", [3, 4])
+def test_who_is_no_more_urgent_takes_no_tokens(stage: ModuleType, priority: int) -> None:
+    drive = with_chunks(stage, scheduling_policy="priority", max_num_batched_tokens=16, max_chunk_size=16)
+    drive.add("long", 64, 1, priority=3)
+    drive.step()
+    drive.add("late", 4, 1, priority=priority)
+    assert chunks(drive) == {"long-0": 16}
+    assert (drive.running, drive.waiting) == (["long-0"], ["late-0"])
+
+
+def test_decodes_keep_their_tokens(stage: ModuleType) -> None:
+    """What they have of a step is theirs, however urgent others are: only prompts give tokens back."""
+    drive = with_chunks(stage, scheduling_policy="priority", max_num_seqs=4, max_num_batched_tokens=4)
+    for name in "ab":
+        drive.add(name, 2, 9, priority=5)
+    drive.step()
+    drive.add("long", 30, 1, priority=4)
+    assert chunks(drive) == {"a-0": 1, "b-0": 1, "long-0": 2}
+    drive.add("urgent", 3, 1, priority=0)
+    assert chunks(drive) == {"a-0": 1, "b-0": 1, "urgent-0": 2}
+
+
+def test_what_was_promised_to_a_victim_is_free(stage: ModuleType) -> None:
+    """Ten blocks: low holds two and is to have four more, mid one. Low's place is all that the urgent one needs."""
+    options = {"num_kv_blocks": 10, "max_model_len": 160, "max_chunk_size": 16}
+    drive = with_chunks(stage, scheduling_policy="priority", **options)
+    drive.add("mid", 5, 9, priority=3)
+    drive.add("low", 96, 1, priority=5)
+    drive.step()
+    drive.add("urgent", 96, 1, priority=0)
+    assert chunks(drive) == {"mid-0": 1, "urgent-0": 16}
+    assert (drive.running, drive.waiting) == (["mid-0", "urgent-0"], ["low-0"])
+    assert drive.scheduler.num_preemptions == {"urgent": 1}
+    check_blocks(drive)
+    drive.run()
+
+
+def test_a_decode_is_no_prompt_token(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller hears how many tokens of prompts a step had; of decodes alone it learns what they take."""
+    drive = with_chunks(stage, chunk_policy="dynamic", target_step_time_ms=30.0)
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(drive.scheduler.chunk_controller, "update", lambda num, seconds: told.append((num, seconds)))
+    for number in range(4):
+        drive.add(f"{number}", 1, 9)
+    drive.step()
+    scheduled = drive.step()
+    assert scheduled.phase == "decode"
+    drive.scheduler.record_step_time(scheduled, 0.026)
+    drive.add("long", 3000, 1)
+    scheduled = drive.step()
+    assert scheduled.phase == "mixed" and scheduled.total_num_scheduled_tokens == 4 + 512
+    drive.scheduler.record_step_time(scheduled, 0.060)
+    assert told == [(0, 0.026), (512, 0.060)]

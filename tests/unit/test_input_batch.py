@@ -450,3 +450,14 @@ def test_memory_of_padding_is_bounded(stage: ModuleType, monkeypatch: pytest.Mon
     assert len(num_keys) == 2 * 5, "1, 7 and 13 tokens stay apart; of the others three at a time"
     assert sum(num_keys[::2]) == 1 + 7 + 13 + 5 * 30, "the short ones were padded to the longest of all"
     assert max(scores[::2]) <= 200, "every other product is one of weights and values"
+
+
+@pytest.mark.since("m5")
+@pytest.mark.parametrize(("lens", "expected"), [([1, 1, 7, 2], 2), ([1, 3], 1), ([4], 0), ([5, 1, 1], 0), ([1, 1], 0)])
+def test_how_many_decodes_come_first(stage: ModuleType, lens: list[int], expected: int) -> None:
+    """Of a step of decodes alone it is 0: then nothing is to be told apart."""
+    batch = make_batch(stage)
+    seqs = [make_seq(stage, f"{number}", [5] * (length + 3), [number]) for number, length in enumerate(lens)]
+    scheduled = make_scheduled(stage, seqs, lens)
+    batch.update(scheduled)
+    assert batch.prepare_inputs(scheduled)[2].num_decodes == expected

@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from tests.checkpoints import SPECS
-from tests.conftest import CheckpointPath, submodule
+from tests.conftest import CheckpointPath, open_llm, submodule
 from tests.damage import edit_json, edit_weights, read_weights
 from tests.inside import model_of
 from tests.unit.conftest import CopyOf, load_llm
@@ -362,3 +362,28 @@ def test_the_tokenizer_may_come_from_elsewhere(stage: ModuleType, copy_of: CopyO
     assert generate(stage, folder, tokenizer=str(elsewhere)) == tokens
     with pytest.raises(ValueError, match="nobody/tokenizer"):
         load_llm(stage, folder, tokenizer="nobody/tokenizer")
+
+
+def test_a_revision_is_asked_for(
+    stage: ModuleType, checkpoint_path: CheckpointPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None = None, **_: Any) -> str:
+        asked.append((repo_id, revision))
+        return str(checkpoint_path("qwen3"))
+
+    monkeypatch.setattr(submodule(stage, "model_executor.model_loader"), "snapshot_download", snapshot_download)
+    with open_llm(stage, "someone/some-qwen", max_model_len=32, revision="v1.0"):  # type: ignore[arg-type]
+        assert asked and set(asked) == {("someone/some-qwen", "v1.0")}
+
+
+def test_an_impossible_length_is_refused_before_weights_are_read(
+    stage: ModuleType, checkpoint_path: CheckpointPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_weights(*_: Any) -> None:
+        raise AssertionError("gigabytes were read in vain")
+
+    monkeypatch.setattr(submodule(stage, "model_executor.model_loader"), "load_weights", load_weights)
+    with pytest.raises(ValueError, match=r"max_model_len=1000000000 .*512"):
+        open_llm(stage, checkpoint_path("qwen3"), max_model_len=10**9)

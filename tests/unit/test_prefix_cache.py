@@ -738,3 +738,11 @@ def test_slots_in_use_beside_siblings(stage: ModuleType) -> None:
     assert (sibling.block_table, m.manager.block_copies) == ([2], [(0, 2)]), "a cached block is never written"
     assert m.manager.num_used_slots([a, sibling]) == 17
     m.pool.check_integrity([a.block_table, sibling.block_table])
+
+
+def test_a_salt_may_be_any_text(stage: ModuleType) -> None:
+    """Also what no encoding has a place for; and no two of them are one."""
+    m = Manager(stage, 8, 4)
+    m.admit([1] * 9, "\ud800")
+    assert m.match([1] * 9, "\ud800")[1] == 8
+    assert [m.match([1] * 9, salt)[1] for salt in ("\ud801", "?", None)] == [0, 0, 0]

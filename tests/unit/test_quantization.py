@@ -623,7 +623,9 @@ def test_what_the_log_says(
     messages = "\n".join(record.getMessage() for record in caplog.records)
     assert f": {params / 1e6:.1f} M parameters, " in messages
     total = sum(p.nbytes for p in model.parameters())
-    found = re.search(r" M parameters, ([\d.]+) MiB, .*\nof these, ([\d.]+) MiB are 4-bit weights$", messages, re.MULTILINE)
+    found = re.search(
+        r" M parameters, ([\d.]+) MiB, .*\nof these, ([\d.]+) MiB are 4-bit weights$", messages, re.MULTILINE
+    )
     assert found, messages
     stacked = {id(layer): layer for _, layer, _ in quantized_parts(model)}
     packed = sum(p.nbytes for layer in stacked.values() for p in layer.quantized.parameters())

@@ -38,15 +38,14 @@ class EngineCore:
         With async_scheduling the next step is launched before that, if it can be: the device has work while the host
         takes in this one's tokens, makes text of them, and does what its user does between two steps.
         """
-        started, was_ahead = time.perf_counter(), self.ahead is not None
+        started = time.perf_counter()
         scheduled, output = self.ahead or self._launch(self.scheduler.schedule())
         self.ahead = None
         try:
             if self.config.async_scheduling and (ahead := self.scheduler.schedule_ahead(scheduled)) is not None:
                 self.ahead = self._launch(ahead)
             sampled = output.get_output()
-            if not was_ahead:  # or it began before anybody looked
-                self.scheduler.record_step_time(scheduled, time.perf_counter() - started)
+            self.scheduler.record_step_time(scheduled, time.perf_counter() - started)
             return scheduled, self.scheduler.update_from_output(scheduled, sampled)
         except BaseException:
             self.ahead = None

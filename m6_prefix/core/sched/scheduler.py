@@ -111,7 +111,7 @@ class Scheduler:
         decodes = [s for s in self.running if s.seq_id in rows and s.num_output_tokens + 1 < s.request.max_tokens]
         if self.waiting and (len(decodes + prompts) < self.max_num_seqs or self.policy == "priority"):
             return None
-        if not decodes or any(num_tokens_left(seq) <= 1 for seq in prompts) or (prompts and self.chunk_controller):
+        if not decodes or any(num_tokens_left(seq) <= 1 for seq in prompts) or self.chunk_controller is not None:
             return None
         if any(seq.request.sampling_params.needs_host for seq in self.running):
             return None

@@ -67,6 +67,38 @@ def test_empty_lines_are_no_prompts(run: Run) -> None:
     assert run(*arguments, stdin=f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n\n") == run(*PROMPTS[:2], *arguments)
 
 
+@pytest.mark.parametrize("stdin", ["", "\n\n"])
+def test_no_prompt_at_all(run: Run, stdin: str) -> None:
+    """Neither an argument nor a line: that is said, and no model is loaded for it."""
+    assert run("--model", "nowhere", stdin=stdin) == (
+        2,
+        "",
+        "error: no prompt: give one, or one a line on the standard input\n",
+    )
+
+
+def test_a_closed_pipe_is_no_mistake(stage: ModuleType, model: Path) -> None:
+    """As in `| head -c 1`: nobody reads any more, so it ends, without a traceback and without a complaint."""
+    folder = Path(str(stage.__file__)).parent.parent
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", stage.__name__, "--model", str(model), "--max-tokens", "4", *PROMPTS]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_stdin_of_a_real_process(stage: ModuleType, model: Path, run: Run) -> None:
     """In UTF-8, through a pipe."""
     expected = run(*PROMPTS, "--temperature", 0, "--json")[1]

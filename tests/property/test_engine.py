@@ -563,3 +563,74 @@ def test_ctrl_c_before_the_first_step(stage: ModuleType, make_llm: MakeLLM, monk
     with pytest.raises(KeyboardInterrupt):
         llm.generate([1, 2], stage.SamplingParams(max_tokens=2))
     assert not llm.engine.has_unfinished_requests()
+
+
+# ---------------------------------------------------------------------- whoever turns the crank
+
+
+@pytest.mark.timeout(60)
+@given(turns=st.lists(st.sampled_from(["mine", "theirs", "step", "step"]), min_size=4, max_size=40))
+def test_streams_lose_nothing_when_others_step(turns: list[str], stage: ModuleType, make_llm: MakeLLM) -> None:
+    """Pieces concatenate to the text, whoever turns the crank; who comes late gets several tokens at once."""
+    llm = make_llm(max_model_len=MAX_MODEL_LEN)
+    wanted = {"mine": POOL[3], "theirs": POOL[6]}
+    expected = {
+        name: result_of(llm.generate([prompt], stage.SamplingParams(**arguments), use_tqdm=False)[0])
+        for name, (prompt, arguments) in wanted.items()
+    }
+    streams = {
+        name: llm.stream([prompt], stage.SamplingParams(**arguments)) for name, (prompt, arguments) in wanted.items()
+    }
+    seen: dict[str, list[Any]] = {name: [next(stream)] for name, stream in streams.items()}
+    for turn in turns:
+        if turn == "step":
+            llm.engine.step()
+        else:
+            seen[turn].extend(output for output in [next(streams[turn], None)] if output is not None)
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+    for name, stream in streams.items():
+        seen[name].extend(stream)
+        assert [output.finished for output in seen[name]] == [False] * (len(seen[name]) - 1) + [True]
+        assert result_of(seen[name][-1]) == expected[name]
+        for index, (_, text, _) in enumerate(expected[name]):
+            assert "".join(output.outputs[index].delta for output in seen[name]) == text
+        nums = [sum(len(completion.token_ids) for completion in output.outputs) for output in seen[name]]
+        assert nums == sorted(set(nums)), "an output that brings nothing"
+    check_empty(stage, llm)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_processor_may_abort_its_own_request(stage: ModuleType, llm: Any, expected: list[Result], at: int) -> None:
+    """In the middle of a step. It ends there, and the others of the call go on."""
+    calls = iter(range(100))
+
+    def leave(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if next(calls) + 1 == at:
+            llm.engine.abort_request(leaving)
+        return logits
+
+    for number in (0, 1):
+        prompt, arguments = POOL[number]
+        llm.engine.add_request(f"{number}", prompt, stage.SamplingParams(**arguments))
+    leaving = llm.engine.add_request(
+        "leaves", [1, 2], stage.SamplingParams(max_tokens=9, ignore_eos=True, logits_processors=[leave])
+    ).request_id
+    left = llm.engine.get_output(leaving)
+    outputs: dict[str, Any] = {}
+    while llm.engine.has_unfinished_requests():
+        outputs.update({output.request_id: output for output in llm.engine.step() if output.finished})
+    assert [result_of(outputs[name]) for name in ("0", "1")] == expected[:2]
+    assert (left.outputs[0].finish_reason, len(left.token_ids)) == ("abort", at - 1)
+    check_usable(stage, llm, expected)
+
+
+def test_ids_of_calls_are_not_those_of_users(stage: ModuleType, checkpoint_path: CheckpointPath) -> None:
+    """Whoever numbers his requests from 0 does not meet a call that does the same."""
+    with open_llm(stage, checkpoint_path("qwen3"), max_model_len=MAX_MODEL_LEN) as llm:
+        for number in range(3):
+            llm.engine.add_request(f"{number}", [1, 2])
+        params = stage.SamplingParams(max_tokens=2, ignore_eos=True)
+        outputs = llm.generate([[1], [2], [3]], params, use_tqdm=False)
+        assert [len(output.token_ids) for output in outputs] == [2, 2, 2]
+        assert len({output.request_id for output in outputs} | {"0", "1", "2"}) == 6

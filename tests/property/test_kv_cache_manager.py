@@ -179,19 +179,25 @@ class Manager(RuleBasedStateMachine):
         self.run([parent], prompt_len)
 
     @precondition(lambda self: self.seqs)
-    @rule(order=st.randoms(use_true_random=False), victims=st.lists(st.integers(0, 12), max_size=2))
-    def decode(self, order: Any, victims: list[int]) -> None:
-        """One token of each; `victims`, and whoever finds no block, lose theirs after others got their slots."""
+    @rule(
+        order=st.randoms(use_true_random=False),
+        victims=st.lists(st.integers(0, 12), max_size=2),
+        num_idle=st.sampled_from([0, 0, 0, 1, 2]),
+    )
+    def decode(self, order: Any, victims: list[int], num_idle: int) -> None:
+        """One token of each, but for a few; `victims`, and whoever finds no block, lose theirs in the middle of it."""
         going = list(self.seqs)
         order.shuffle(going)
+        del going[:num_idle]
         for number, seq in enumerate(going):
             if number in victims and self.seqs:
                 self.free(order.choice(self.seqs))
             if seq in self.seqs and not self.allocate(seq, 1):
                 self.free(seq)
-        for seq in self.seqs:
+        going = [seq for seq in going if seq in self.seqs]
+        for seq in going:
             seq.num_computed_tokens += 1
-        self.run(self.seqs, 1)
+        self.run(going, 1)
 
     @precondition(lambda self: self.seqs)
     @rule(data=st.data())
@@ -354,3 +360,20 @@ def test_blocks_are_freed_tail_first(stage: ModuleType) -> None:
     manager.free(a)
     free = manager.block_pool.free_block_queue.get_all_free_blocks()
     assert [block.block_id for block in free] == [5, 6, 7, 4, 3, 2, 1, 0]
+
+
+def test_a_block_that_is_full_for_one_has_no_empty_slot(stage: ModuleType) -> None:
+    """It is the last one of two siblings, which compute its last token again, and in the middle of their parent's."""
+    manager = make_manager(stage, 8, 4)
+    parent, *children = make_seqs(stage, "a", 8, n=3)
+    assert manager.allocate_slots(parent, 8)
+    parent.num_computed_tokens = 8
+    for child in children:
+        manager.fork(parent, child)
+    assert [child.num_computed_tokens for child in children] == [7, 7]
+    assert manager.num_used_slots([parent, *children]) == 8
+    assert manager.allocate_slots(parent, 1)
+    parent.num_computed_tokens = 9
+    assert manager.num_used_slots([parent, *children]) == 9
+    manager.free(parent)
+    assert manager.num_used_slots(children) == 7

@@ -82,7 +82,8 @@ class EventsWithBlocks(Events):
         running = list(self.scheduler.running)
         scheduled = self.schedule()
         newcomers = [seq for seq in self.scheduler.running if seq not in running]
-        untouched = [seq for seq in self.scheduler.running if seq not in scheduled.seqs and seq not in newcomers]
+        rest = [seq for seq in self.scheduler.running if seq not in scheduled.seqs and seq not in newcomers]
+        untouched = [seq for seq in rest if seq.num_output_tokens > 0]  # siblings that have not run yet start over, too
         before = list(self.scheduler.running)
         self.abort_one_of(scheduled.seqs, leaver)
         self.scheduler.undo(scheduled)
@@ -90,7 +91,8 @@ class EventsWithBlocks(Events):
         self.departures.update(scheduled.retired_seq_ids)  # nobody has heard
         assert self.scheduler.running == untouched
         if self.policy == "fcfs" and scheduled.is_prefill:
-            assert list(self.scheduler.waiting) == [seq for seq in waiting if not seq.is_finished]
+            siblings = [seq for seq in rest if seq not in untouched]
+            assert list(self.scheduler.waiting) == [seq for seq in siblings + waiting if not seq.is_finished]
 
     def schedule(self) -> Any:
         waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
@@ -919,3 +921,24 @@ def test_slots_by_hand(stage: ModuleType, checkpoint_path: CheckpointPath) -> No
     assert {step.kv_slots for step in steps} == {28}
     assert [step.num_preemptions for step in steps] == [0] * 5
     assert [(step.num_running, step.num_waiting) for step in steps] == [(4, 1), (3, 1), (1, 1), (1, 0), (0, 0)]
+
+
+def test_blocks_for_copies_are_kept_for_more_than_one_step(stage: ModuleType) -> None:
+    """Four share two blocks, and three will copy one when they decode. A prompt that comes before that does not get
+    these blocks: it would be computed, and preempted in the next step."""
+    drive = Drive(stage, num_kv_blocks=8, block_size=4, max_num_seqs=16, **phases_apart(stage))
+    drive.add("p", 6, 9, n=4)
+    drive.step()
+    assert (drive.running, free_blocks(drive.scheduler)) == (["p-0", "p-1", "p-2", "p-3"], 6)
+    drive.add("x", 15, 9)
+    steps = [ids(drive.step().seqs) for _ in range(2)]
+    assert steps == [["p-0", "p-1", "p-2", "p-3"]] * 2
+    assert (drive.waiting, drive.scheduler.num_preemptions) == (["x-0"], {})
+
+    drive = Drive(stage, num_kv_blocks=9, block_size=4, max_num_seqs=16, **phases_apart(stage))
+    drive.add("p", 6, 9, n=4)
+    drive.step()
+    drive.add("x", 15, 9)
+    assert ids(drive.step().seqs) == ["x-0"], "and there is room for just that"
+    drive.step()
+    assert drive.scheduler.num_preemptions == {}

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from ..checkpoints import SPECS
 from ..conftest import CheckpointPath, MakeLLM, open_llm, submodule
@@ -164,3 +165,27 @@ def test_no_room_for_a_token_and_the_next(
 ) -> None:
     with pytest.raises(ValueError, match="no memory for a KV cache"):
         open_llm(stage, checkpoint_path("qwen3"), **options)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 96])
+def test_the_largest_step_has_no_position_that_the_model_lacks(
+    stage: ModuleType, checkpoint_path: CheckpointPath, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The profile's sequences are whole blocks long, and the model's 512 positions may be no multiple of these."""
+    with open_llm(stage, checkpoint_path("qwen3"), max_model_len=64, num_kv_blocks=20) as llm:
+        worker = llm.engine.worker
+        for name, value in (("empty_cache", None), ("memory_reserved", 0), ("max_memory_reserved", 7)):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+        lens: list[int] = []
+
+        def forward(input_ids: torch.Tensor, positions: torch.Tensor, metadata: Any) -> torch.Tensor:
+            lens.append(metadata.max_seq_len)
+            assert len(positions) == len(input_ids) == len(metadata.slot_mapping)
+            return run(input_ids, positions, metadata)
+
+        run = worker.model.forward
+        monkeypatch.setattr(worker.model, "forward", forward)
+        longest = -(-512 // block_size) * block_size
+        assert worker._profile_activations(2048, longest, 4) == 7
+        assert lens == [longest], "the longest that there can be"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import MakeLLM, forget_prefixes
+from ..conftest import MakeLLM, forget_prefixes, submodule
 
 pytestmark = pytest.mark.since("m1")
 
@@ -195,3 +195,24 @@ def test_trace_of_nothing(llm: Any, tmp_path: Path) -> None:
     llm.engine.stats.to_trace(str(tmp_path / "trace.json"))
     trace = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
     assert [event["ph"] for event in trace["traceEvents"]] == ["M"]
+
+
+def test_records_are_bounded_and_numbered(
+    stage: ModuleType, llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of an engine that runs for weeks the last steps are kept, and a step keeps its number."""
+    stats_module = submodule(stage, "metrics.stats")
+    assert 10_000 <= stats_module.MAX_STEPS <= 1_000_000
+    monkeypatch.setattr(stats_module, "MAX_STEPS", 7)
+    llm.engine.stats.clear()
+    params = stage.SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)
+    llm.engine.add_request("a", [1, 2], params)
+    for number in range(50):
+        llm.engine.step()
+        steps = llm.engine.stats.steps
+        assert min(number + 1, 7) <= len(steps) <= 14
+        assert [step.step for step in steps] == list(range(number + 1 - len(steps), number + 1))
+    assert not llm.engine.has_unfinished_requests()
+    llm.engine.stats.to_trace(tmp_path / "trace.json")
+    llm.engine.stats.clear()
+    assert llm.engine.stats.steps == []

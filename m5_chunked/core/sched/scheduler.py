@@ -339,8 +339,8 @@ class Scheduler:
         return True
 
     def _allocate(self, seq: Sequence, parent: Sequence | None) -> bool:
-        num_reserved = (self.watermark_blocks if self.running else 0) + len(self._forked)  # whose copies are to come
-        num_reserved += self._num_promised_blocks
+        num_reserved = (self.watermark_blocks if self.running else 0) + self._num_promised_blocks
+        num_reserved += sum(seq.seq_id not in self._num_scheduled_tokens for seq in self._forked)  # copies are to come
         if parent is None:
             num_blocks_for, chunk_size = self.kv_cache_manager.num_blocks_for, self._chunk_size(seq)
             num_reserved += num_blocks_for(seq.num_tokens) - num_blocks_for(chunk_size)  # all of it has to fit

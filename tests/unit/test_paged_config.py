@@ -111,11 +111,11 @@ def test_more_than_all_could_use(
     options: dict[str, Any] = {"max_model_len": 20, "max_num_seqs": 3, "enable_paged_kv": enable_paged_kv}
     if enable_prefix_caching is not None:
         options["enable_prefix_caching"] = enable_prefix_caching
-    with open_llm(stage, checkpoint_path("qwen3"), kv_cache_memory_bytes=1000 * PER_TOKEN, **options) as llm:
+    with open_llm(stage, checkpoint_path("qwen3"), kv_cache_memory_bytes=2000 * PER_TOKEN, **options) as llm:
         if not enable_paged_kv:
             assert llm.config.num_kv_blocks == 3
         else:
-            assert llm.config.num_kv_blocks == (62 if has_cache and enable_prefix_caching is not False else 6)
+            assert llm.config.num_kv_blocks == (125 if has_cache and enable_prefix_caching is not False else 6)
 
 
 def test_the_log_says_what_is_reserved(

@@ -59,7 +59,7 @@ def test_a_step_ahead_of_the_tokens(stage: ModuleType) -> None:
         drive.add(name, length, 3)
     steps = [drive.scheduler.schedule()]
     steps.append(drive.scheduler.schedule_ahead(steps[0]))
-    assert steps[0].source_rows is None and steps[1].source_rows == [0, 1]
+    assert not steps[0].source_rows and steps[1].source_rows == [0, 1]
     assert steps[1].num_scheduled_tokens == {"a-0": 1, "b-0": 1} and ids(sampled_seqs(steps[1])) == ["a-0", "b-0"]
     assert not steps[1].is_prefill
     assert [len(drive.seqs[name].block_table) for name in ("a-0", "b-0")] == [1, 2], "slots for tokens yet unknown"
@@ -93,7 +93,7 @@ def test_who_draws_its_last_token_takes_no_part(stage: ModuleType) -> None:
 
 @pytest.mark.since("m5")
 def test_rows_are_those_of_the_step_before(stage: ModuleType) -> None:
-    """There decodes came first; and who got no token yet has no row among those that were drawn."""
+    """There decodes came first; a prompt that has begun got none, goes on beside them, and has no row."""
     drive = with_blocks(stage, max_num_batched_tokens=8, max_num_seqs=4)
     drive.add("long", 12, 9)
     take_in(drive, drive.scheduler.schedule())
@@ -103,14 +103,15 @@ def test_rows_are_those_of_the_step_before(stage: ModuleType) -> None:
     take_in(drive, scheduled)
     drive.add("third", 12, 9)
     scheduled = drive.scheduler.schedule()
-    check_refused(drive, scheduled)  # a chunk that gets no token
-    take_in(drive, scheduled)
-    drive.scheduler.finish_sequence("long-0", stage.SequenceStatus.FINISHED_ABORTED)
-    scheduled = drive.scheduler.schedule()
-    assert ids(scheduled.seqs) == ["short-0", "third-0"]
-    drive.scheduler.running.reverse()  # as if it had been admitted before
+    assert scheduled.num_scheduled_tokens == {"long-0": 1, "short-0": 1, "third-0": 6}
+    drive.scheduler.running.sort(key=lambda seq: seq.seq_id, reverse=True)  # as if admitted in another order
     ahead = drive.scheduler.schedule_ahead(scheduled)
-    assert (ids(ahead.seqs), ahead.source_rows) == (["third-0", "short-0"], [1, 0])
+    assert (ids(ahead.seqs), ahead.source_rows) == (["short-0", "long-0", "third-0"], [1, 0])
+    assert ahead.num_scheduled_tokens == {"long-0": 1, "short-0": 1, "third-0": 6}
+    assert ahead.phase == "mixed" and ids(ahead.sampled_seqs) == ["short-0", "long-0", "third-0"]
+    take_in(drive, scheduled)
+    last = drive.scheduler.schedule_ahead(ahead)
+    assert (ids(last.seqs), last.source_rows) == (["third-0", "short-0", "long-0"], [2, 0, 1])
 
 
 @pytest.mark.parametrize("ending", ["FINISHED_ABORTED", "FINISHED_STOPPED"])
@@ -178,9 +179,9 @@ def test_not_where_the_host_takes_part_in_a_draw(stage: ModuleType, arguments: d
     first = drive.scheduler.schedule()
     check_refused(drive, first)
     take_in(drive, first)
-    second = drive.scheduler.schedule()
-    ahead = drive.scheduler.schedule_ahead(second)
-    assert ids(ahead.seqs) == ["plain-0"], "the other one draws its last token, and does not matter any more"
+    take_in(drive, drive.scheduler.schedule())
+    assert drive.running == ["plain-0"], "the other one has had its last token"
+    assert ids(drive.scheduler.schedule_ahead(drive.scheduler.schedule()).seqs) == ["plain-0"]
 
 
 @pytest.mark.parametrize("arguments", ON_THE_DEVICE, ids=lambda arguments: "-".join(arguments))
@@ -458,7 +459,7 @@ def both(stage: ModuleType, make_llm: MakeLLM, name: str, guests: list[Guest]) -
 
 
 def num_ahead(launched: list[Any]) -> int:
-    return sum(scheduled.source_rows is not None for scheduled in launched)
+    return sum(bool(scheduled.source_rows) for scheduled in launched)
 
 
 def test_steps_run_ahead(stage: ModuleType, make_llm: MakeLLM) -> None:
@@ -640,7 +641,7 @@ def test_a_step_that_fails_beside_another(
 
     def once(function: Callable[[Any], Any], is_late: bool) -> Callable[[Any], Any]:
         def failing(argument: Any) -> Any:
-            is_ahead = what == "get_output" or argument.source_rows is not None
+            is_ahead = what == "get_output" or bool(argument.source_rows)
             fails = is_ahead and next(calls) == at
             if fails and not is_late:
                 raise error

@@ -332,7 +332,7 @@ def test_the_scheduler_is_told_how_long_steps_take(
         monkeypatch.setattr(
             core.scheduler,
             "record_step_time",
-            lambda scheduled, seconds: told.append((scheduled.source_rows is None, seconds)),
+            lambda scheduled, seconds: told.append((not scheduled.source_rows, seconds)),
         )
         llm.generate([[1, 2, 3], [4]], stage.SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
         assert len(llm.engine.stats.steps) == 5

@@ -340,6 +340,19 @@ def gain_cell(root: Path, folder: Path, stage: Stage, device: str, chinese: bool
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
+def ledger_table(root: Path) -> str:
+    """What `folovllm stages check` counts, and the files that the ledger lists."""
+    lines = [
+        "| stage | files | code lines | changed lines | budget | files added | files changed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage, (name, files, code, *step) in zip(load_ledger(root), check(root).rows, strict=True):
+        counts = [f"{int(number):,}" if number else "–" for number in (files, code, *step)]
+        listed = (len(stage.adds), len(stage.changes)) if step[0] else ("–", "–")
+        lines.append(f"| `{name}` | {' | '.join(counts)} | {listed[0]} | {listed[1]} |")
+    return "\n".join(lines)
+
+
 def question_list(root: Path, stage: Stage) -> str:
     """The questions of the stage's note, with their answers folded away."""
     number = int(stage.short[1:])
@@ -368,6 +381,8 @@ def make_table(name: str, root: Path, folder: Path) -> str:
     link = _link(root / RESULTS, folder)
     if name in ("times", "times in Chinese"):
         return commands_note(root, link, chinese=name != "times")
+    if name == "ledger":
+        return ledger_table(root)
     if name == "bandwidth bound":
         return bound_table(root, link)
     if name == "transformers":

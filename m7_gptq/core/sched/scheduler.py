@@ -104,14 +104,15 @@ class Scheduler:
 
         Whoever turns out to have ended has computed one too many. Prompts that have begun go on beside them. None where
         there is more to decide, and the next `schedule` has to: somebody could come in, or lacks a block, or a token is
-        drawn on the host, or steps have to be timed.
+        drawn on the host, or steps have to be timed, or what a chunk has filled is to be found by others.
         """
         rows = {seq.seq_id: row for row, seq in enumerate(scheduled.sampled_seqs)}
         prompts = [seq for seq in self.running if seq.seq_id not in rows]
         decodes = [s for s in self.running if s.seq_id in rows and s.num_output_tokens + 1 < s.request.max_tokens]
         if self.waiting and (len(decodes + prompts) < self.max_num_seqs or self.policy == "priority"):
             return None
-        if not decodes or any(num_tokens_left(seq) <= 1 for seq in prompts) or self.chunk_controller is not None:
+        can_be_found = self.kv_cache_manager.prefix_cache is not None  # then chunks are taken in one by one
+        if not decodes or any(num_tokens_left(seq) <= 1 or can_be_found for seq in prompts) or self.chunk_controller:
             return None
         if any(seq.request.sampling_params.needs_host for seq in self.running):
             return None

@@ -121,16 +121,14 @@ class KVCacheManager:
             if self.prefix_cache is not None:
                 self.prefix_cache_stats.record(seq.num_tokens, seq.num_cached_tokens)
 
-    def cache_blocks(self, seqs: list[Sequence], num_new_tokens: Mapping[str, int]) -> None:
-        """The last tokens of these, so many by sequence id, have been computed: what they have filled can be found."""
+    def cache_blocks(self, seqs: list[Sequence], num_new_tokens: Mapping[str, int], seq_lens: list[int]) -> None:
+        """A step has computed so many tokens of each, up to its first `seq_lens`: what they fill can be found."""
         if self.prefix_cache is None:
             return
-        block_size = self.block_size
-        for seq in seqs:
-            # The step after this one may be under way already, with a token that is not known yet.
-            end, num_new = min(seq.num_computed_tokens, seq.num_tokens), num_new_tokens[seq.seq_id]
-            if end % block_size < num_new and seq.block_table:  # or it was aborted, and its blocks are gone
-                for index in range((end - num_new) // block_size, end // block_size):
+        for seq, end in zip(seqs, seq_lens, strict=True):
+            num_new = num_new_tokens[seq.seq_id]
+            if end % self.block_size < num_new and seq.block_table:  # or it was aborted, and its blocks are gone
+                for index in range((end - num_new) // self.block_size, end // self.block_size):
                     self.prefix_cache.add(seq, index, self.block_pool.blocks[seq.block_table[index]])
 
     def reset_prefix_cache(self) -> bool:

@@ -688,7 +688,7 @@ def test_it_is_off_on_a_cpu_unless_it_is_asked_for(stage: ModuleType, checkpoint
 
 @pytest.mark.since("m6")
 def test_what_was_computed_beside_steps_ahead_is_found(stage: ModuleType, make_llm: MakeLLM) -> None:
-    """A prompt in chunks beside decodes, launched ahead where they can be: every full block is found again."""
+    """A prompt in chunks beside decodes, launched ahead: every full block is found again."""
     llm = make_llm("qwen3", max_model_len=128, block_size=4, num_kv_blocks=100, max_chunk_size=8, async_scheduling=True)
     decode = stage.SamplingParams(max_tokens=40, ignore_eos=True, seed=1)
     one = stage.SamplingParams(max_tokens=1, ignore_eos=True)
@@ -696,9 +696,12 @@ def test_what_was_computed_beside_steps_ahead_is_found(stage: ModuleType, make_l
     for _ in range(3):
         llm.engine.step()
     prompt = [(11 * number) % 400 + 3 for number in range(60)]
-    for request_id, found in (("first", 0), ("again", 59)):
-        llm.engine.add_request(request_id, prompt, one)
-        output = llm.engine.get_output(request_id)
-        while not output.finished:
-            llm.engine.step()
-        assert output.num_cached_tokens == found
+    with pytest.MonkeyPatch.context() as patch:
+        launched = watch(patch, llm)
+        for request_id, found in (("first", 0), ("again", 59)):
+            llm.engine.add_request(request_id, prompt, one)
+            output = llm.engine.get_output(request_id)
+            while not output.finished:
+                llm.engine.step()
+            assert output.num_cached_tokens == found
+    assert num_ahead([scheduled for scheduled in launched if scheduled.phase == "mixed"]) > 5

@@ -79,7 +79,7 @@ class Manager:
 
     def compute(self, seq: Any, num: int) -> None:
         seq.num_computed_tokens += num
-        self.manager.cache_blocks([seq], {seq.seq_id: num})
+        self.manager.cache_blocks([seq], {seq.seq_id: num}, [seq.num_computed_tokens])
 
     def match(self, tokens: list[int], salt: str | None = None) -> tuple[list[int], int]:
         return tuple(self.manager.get_computed_blocks(make_seq(self.stage, "?", tokens, salt)))  # type: ignore[return-value]

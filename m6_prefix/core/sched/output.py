@@ -16,6 +16,8 @@ class SchedulerOutput:
         seqs: who runs; decodes come first.
         num_scheduled_tokens: {sequence id: how many of its tokens}. They are the last ones before
             `seq.num_computed_tokens`, which the scheduler has moved forward already.
+        seq_lens: of each of `seqs`, how many of its tokens are computed after this step. When that is taken in, the
+            sequence itself may be further, if the next step is under way.
         sampled_seqs: those of them that get a token, since all that they have is computed then.
         is_prefill: whether one of them was admitted for it, or had more than one token to compute.
         is_decode: whether one of them was there before, and had a single token to compute.
@@ -26,6 +28,7 @@ class SchedulerOutput:
 
     seqs: list[Sequence]
     num_scheduled_tokens: dict[str, int]
+    seq_lens: list[int]
     sampled_seqs: list[Sequence]
     is_prefill: bool
     is_decode: bool

@@ -104,15 +104,14 @@ class Scheduler:
 
         Whoever turns out to have ended has computed one too many. Prompts that have begun go on beside them. None where
         there is more to decide, and the next `schedule` has to: somebody could come in, or lacks a block, or a token is
-        drawn on the host, or steps have to be timed, or what a chunk has filled is to be found by others.
+        drawn on the host, or steps have to be timed.
         """
         rows = {seq.seq_id: row for row, seq in enumerate(scheduled.sampled_seqs)}
         prompts = [seq for seq in self.running if seq.seq_id not in rows]
         decodes = [s for s in self.running if s.seq_id in rows and s.num_output_tokens + 1 < s.request.max_tokens]
         if self.waiting and (len(decodes + prompts) < self.max_num_seqs or self.policy == "priority"):
             return None
-        can_be_found = self.kv_cache_manager.prefix_cache is not None  # then chunks are taken in one by one
-        if not decodes or any(num_tokens_left(seq) <= 1 or can_be_found for seq in prompts) or self.chunk_controller:
+        if not decodes or any(num_tokens_left(seq) <= 1 for seq in prompts) or self.chunk_controller is not None:
             return None
         if any(seq.request.sampling_params.needs_host for seq in self.running):
             return None
@@ -150,6 +149,7 @@ class Scheduler:
         return SchedulerOutput(
             seqs=seqs,
             num_scheduled_tokens=num_scheduled_tokens,
+            seq_lens=[seq.num_computed_tokens for seq in seqs],
             sampled_seqs=[seq for seq in seqs if num_tokens_left(seq) <= 0],
             is_prefill=bool(prompts),
             is_decode=bool(decodes),
@@ -165,7 +165,7 @@ class Scheduler:
 
     def update_from_output(self, scheduled: SchedulerOutput, sampled: ModelRunnerOutput) -> list[SequenceOutput]:
         """Append the step's tokens and let go of the sequences that they finish."""
-        self.kv_cache_manager.cache_blocks(scheduled.seqs, scheduled.num_scheduled_tokens)
+        self.kv_cache_manager.cache_blocks(scheduled.seqs, scheduled.num_scheduled_tokens, scheduled.seq_lens)
         outputs = []
         for row, seq in enumerate(scheduled.sampled_seqs):
             if seq.status is not SequenceStatus.RUNNING:  # it ended while this step was under way

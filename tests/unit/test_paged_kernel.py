@@ -122,8 +122,7 @@ class Case:
 
 def splits(paged: ModuleType, patch: pytest.MonkeyPatch, num: int) -> None:
     """The kernel takes `num` programs for each sequence, however little each has to do."""
-    patch.setattr(paged, "choose_num_splits", lambda *_: (num, num))
-    patch.setattr(paged, "_MIN_SPLIT", paged._TILE)
+    patch.setattr(paged, "choose_num_splits", lambda *_: (num, num, 1024))
 
 
 small = {
@@ -223,8 +222,7 @@ def test_only_the_long_are_split_where_programs_abound(stage: ModuleType, paged:
     """Some in several programs and some in one, in the same launch."""
     case = Case(stage, lens, 16, 2, 2, 24, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged, "_LONG_SPLIT", 128)
-        for num in ((1, 2), (1, 7), (2, 5)):
+        for num in ((1, 2, 128), (1, 7, 128), (2, 5, 128), (1, 3, 65)):
             patch.setattr(paged, "choose_num_splits", lambda *_, num=num: num)
             case.check(paged.paged_decode(*case.arguments))
 
@@ -232,15 +230,16 @@ def test_only_the_long_are_split_where_programs_abound(stage: ModuleType, paged:
 @given(num_programs=st.integers(1, 4096), max_seq_len=st.integers(1, 200_000))
 def test_how_many_splits(num_programs: int, max_seq_len: int, paged: ModuleType) -> None:
     """Enough to fill the device, unless the parts became short or many; more only for what is long."""
-    enough, most = paged.choose_num_splits(num_programs, max_seq_len, CPU)
+    enough, most, long = chosen = paged.choose_num_splits(num_programs, max_seq_len, CPU)
     assert 1 <= enough <= most <= 64
     assert most == 1 or max_seq_len / most > paged._MIN_SPLIT / 2
     more = paged.choose_num_splits(num_programs + 1, max_seq_len, CPU)
     longer = paged.choose_num_splits(num_programs, max_seq_len + 1, CPU)
-    assert all(a <= b <= c for a, b, c in zip(more, (enough, most), longer, strict=True))
+    assert more[0] <= enough and (more[2] < long or more[1] <= most), "programs than fill the device leave no room"
+    assert all(a <= b for a, b in zip(chosen, longer, strict=True))
     assert (enough > 1) == (max_seq_len > paged._MIN_SPLIT and num_programs <= 8)  # a CPU passes for four units
     if enough == 1:
-        assert (most > 1) == (max_seq_len >= 2 * paged._LONG_SPLIT and num_programs <= 64)
+        assert (most > 1) == (max_seq_len >= 2 * long and num_programs <= 96)
 
 
 @interpreted

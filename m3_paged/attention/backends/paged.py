@@ -56,11 +56,9 @@ def paged_decode_reference(
     return out
 
 
-# Keys that a program reads at a time, the fewest worth a program of their own, as many as each has of a sequence that
-# keeps the others waiting (which is one of twice as many keys), and the most programs for a sequence.
+# Keys that a program reads at a time, the fewest worth a program of their own, and the most programs for a sequence.
 _TILE = 64
 _MIN_SPLIT = 64
-_LONG_SPLIT = 1024
 _MAX_SPLITS = 32
 
 
@@ -81,7 +79,7 @@ def paged_decode(
         [N, num_heads, head_dim].
     """
     (num_seqs, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[1]
-    enough, num_splits = choose_num_splits(num_seqs * num_kv_heads, metadata.max_seq_len, q.device)
+    enough, num_splits, long_split = choose_num_splits(num_seqs * num_kv_heads, metadata.max_seq_len, q.device)
     out = q.new_empty(q.shape)
     # What each program leaves: a weighted sum of values relative to its maximum, and log(sum of weights) + maximum.
     shape = (num_seqs, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
@@ -90,62 +88,59 @@ def paged_decode(
     groups = num_heads // num_kv_heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     constants = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim}
-    split = {"MIN_SPLIT": _MIN_SPLIT, "LONG_SPLIT": _LONG_SPLIT}
     tile = _TILE if padded_dim * q.element_size() <= 512 else _TILE // 2  # what a multiprocessor has room for
     _decode_kernel[(num_seqs, num_kv_heads, num_splits)](
         q, k_cache, v_cache, metadata.block_table, metadata.seq_lens, out, partial, partial_lse,
         scale * 1.4426950408889634,  # log2(e): the kernel works with powers of two
-        q.stride(0), metadata.block_table.stride(0), enough, num_splits,
+        q.stride(0), metadata.block_table.stride(0), enough, num_splits, long_split,
         NUM_KV_HEADS=num_kv_heads, GROUPS=groups, PADDED_GROUPS=max(16, triton.next_power_of_2(groups)),
-        BLOCK_SIZE=metadata.block_size, TILE=tile, **split, **constants,
+        BLOCK_SIZE=metadata.block_size, TILE=tile, **constants,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     if num_splits > 1:
         _combine_kernel[(num_seqs, num_heads)](
-            partial, partial_lse, metadata.seq_lens, out, enough, num_splits, TILE=tile, MAX_SPLITS=_MAX_SPLITS,
-            **split, **constants,
+            partial, partial_lse, metadata.seq_lens, out, enough, num_splits, long_split,
+            TILE=tile, MAX_SPLITS=_MAX_SPLITS, **constants,
         )  # fmt: skip
     return out
 
 
-def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> tuple[int, int]:
+def choose_num_splits(num_programs: int, max_seq_len: int, device: torch.device) -> tuple[int, int, int]:
     """How many programs share the work of one, which would take one KV head of one sequence.
 
     Returns:
-        As many as fill the device, for every sequence; and as many as the longest may take, so that a step does not
-        wait for it. Neither leaves a program with very little to do.
+        As many as fill the device, for every sequence; as many as the longest may take, so that a step does not wait
+        for it; and how many keys each of these has at least. Neither leaves a program with very little to do.
     """
     num_units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    enough, room = 4 * num_units // num_programs, 32 * num_units // num_programs
-    most = max(enough, min(room, max_seq_len // _LONG_SPLIT))
+    enough, room = 4 * num_units // num_programs, 48 * num_units // num_programs
+    long_split = 1024 if enough > 1 else 576  # where programs abound, the last to end are those of the longest
+    most = max(enough, min(room, max_seq_len // long_split))
     most = max(1, min(most, triton.cdiv(max_seq_len, _MIN_SPLIT), _MAX_SPLITS))
-    return max(1, min(enough, most)), most
+    return max(1, min(enough, most)), most, long_split
 
 
 if triton is not None:
 
     @triton.jit
-    def _split_len(  # type: ignore[no-untyped-def]
-        seq_len, enough, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr
-    ):
-        parts = tl.minimum(tl.maximum(seq_len // LONG_SPLIT, enough), num_splits)
-        return tl.maximum(tl.cdiv(tl.cdiv(seq_len, parts), TILE) * TILE, MIN_SPLIT)
+    def _split_len(seq_len, enough, num_splits, long_split, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+        parts = tl.minimum(tl.maximum(seq_len // long_split, enough), num_splits)
+        return tl.maximum(tl.cdiv(tl.cdiv(seq_len, parts), TILE), 1) * TILE
 
     # What changes from step to step is no constant: each new value of a constant would be compiled anew.
     @triton.jit(
-        do_not_specialize=["q_stride", "table_stride", "enough", "num_splits"],
+        do_not_specialize=["q_stride", "table_stride", "enough", "num_splits", "long_split"],
         do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr"],
     )
     def _decode_kernel(  # type: ignore[no-untyped-def]
         q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, out_ptr, partial_ptr, lse_ptr, scale,
-        q_stride, table_stride, enough, num_splits,
+        q_stride, table_stride, enough, num_splits, long_split,
         NUM_KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-        TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr,
-        HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+        TILE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ):  # fmt: skip
         seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         seq_len = tl.load(seq_lens_ptr + seq)
-        split_len = _split_len(seq_len, enough, num_splits, TILE, MIN_SPLIT, LONG_SPLIT)
+        split_len = _split_len(seq_len, enough, num_splits, long_split, TILE)
         start = split * split_len
         if (split > 0) & (start >= seq_len):
             return
@@ -191,14 +186,15 @@ if triton is not None:
                 out_ptr + rows[:, None] * HEAD_DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask
             )
 
-    @triton.jit(do_not_specialize=["enough", "num_splits"], do_not_specialize_on_alignment=["seq_lens_ptr"])
+    @triton.jit(
+        do_not_specialize=["enough", "num_splits", "long_split"], do_not_specialize_on_alignment=["seq_lens_ptr"]
+    )
     def _combine_kernel(  # type: ignore[no-untyped-def]
-        partial_ptr, lse_ptr, seq_lens_ptr, out_ptr, enough, num_splits,
-        TILE: tl.constexpr, MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr,
-        MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+        partial_ptr, lse_ptr, seq_lens_ptr, out_ptr, enough, num_splits, long_split,
+        TILE: tl.constexpr, MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ):  # fmt: skip
         seq_len = tl.load(seq_lens_ptr + tl.program_id(0))
-        split_len = _split_len(seq_len, enough, num_splits, TILE, MIN_SPLIT, LONG_SPLIT)
+        split_len = _split_len(seq_len, enough, num_splits, long_split, TILE)
         if seq_len <= split_len:  # it was not split
             return
         row = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +23,18 @@ from .. import lab
 from .options import run_script
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 8, 128  # of Qwen3-0.6B
-SHAPES = ((256, 1024, 16), (256, 1024, 256), (64, 1024, 16), (8, 8192, 16), (8, 8192, 256), (1, 8192, 16))
+# Sequences, the shortest and the longest of them, and the block size.
+SHAPES = (
+    (256, 1024, 1024, 16),
+    (256, 1024, 1024, 256),
+    (64, 1024, 1024, 16),
+    (8, 8192, 8192, 16),
+    (8, 8192, 8192, 256),
+    (1, 8192, 8192, 16),
+    (256, 100, 2000, 16),
+    (96, 100, 2000, 16),
+    (48, 100, 2000, 16),
+)
 COPY_BYTES = 2**31
 FLUSH_BYTES = 2**30  # many times the cache; and while it is written, the host has time to launch what is timed
 WARMUP = 5
@@ -91,7 +103,7 @@ def largest_deviation(stage: ModuleType, dtype: torch.dtype, device: torch.devic
     """The largest difference between the kernel and the slow loop, over sequences of many lengths and block sizes."""
     paged = stage_part(stage, "attention.backends.paged")
     differences = []
-    for block_size in sorted({block_size for _, _, block_size in SHAPES}):
+    for block_size in sorted({block_size for *_, block_size in SHAPES}):
         case = Case(stage, [1, 15, 16, 17, 255, 256, 257, 700], block_size, dtype, device)
         kernel, loop = paged.paged_decode(*case.arguments), paged.paged_decode_reference(*case.arguments)
         differences.append(float((kernel.float() - loop.float()).abs().max()))
@@ -129,16 +141,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dtype, device = getattr(torch, args.dtype), torch.device("cuda")
     copy = copy_gb_per_s(args.repeats)
     rows = []
-    for num_seqs, context, block_size in SHAPES:
-        case = Case(stage, [context] * num_seqs, block_size, dtype, device)
+    for num_seqs, shortest, longest, block_size in SHAPES:
+        seq_lens = np.linspace(shortest, longest, num_seqs).round().astype(int)
+        case = Case(stage, np.random.default_rng(0).permutation(seq_lens).tolist(), block_size, dtype, device)
         milliseconds = median_ms(lambda case=case: paged.paged_decode(*case.arguments), args.repeats)  # type: ignore[misc]
         speed = case.num_bytes / milliseconds / 1e6
         rows.append(
             {
                 "batch": num_seqs,
-                "context": context,
+                "context": longest,
+                "lengths": f"{longest:,}" if shortest == longest else f"{shortest:,}–{longest:,}",
                 "block_size": block_size,
-                "splits": paged.choose_num_splits(num_seqs * NUM_KV_HEADS, context, device)[1],
+                "splits": paged.choose_num_splits(num_seqs * NUM_KV_HEADS, longest, device)[1],
                 "microseconds": round(1e3 * milliseconds, 2),
                 "gb_per_s": round(speed, 1),
                 "share_of_copy": round(speed / copy, 3),
@@ -162,8 +176,8 @@ def show(figures: dict[str, Any]) -> None:
     console.print(f"a copy moves {figures['copy_gb_per_s']:,.0f} GB/s")
     table = Table("batch", "context", "block", "splits", "time, µs", "GB/s", "share of the copy")
     for row in figures["shapes"]:
-        lengths = [f"{row[name]:,}" for name in ("batch", "context", "block_size", "splits")]
-        table.add_row(*lengths, f"{row['microseconds']:,.1f}", f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.2f}")
+        cells = [str(row[name]) for name in ("batch", "lengths", "block_size", "splits")]
+        table.add_row(*cells, f"{row['microseconds']:,.1f}", f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.2f}")
     console.print(table)
     console.print(f"largest deviation from the loop: {figures['largest_deviation_from_reference']:.1e}")
 

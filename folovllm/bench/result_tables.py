@@ -133,7 +133,7 @@ def paged_kernel(figures: Figures) -> str:
     rows = [
         [
             str(row["batch"]),
-            f"{row['context']:,}",
+            row["lengths"],
             str(row["block_size"]),
             str(row["splits"]),
             number(row["microseconds"]),

@@ -183,9 +183,7 @@ class LLM:
             )
         priority = [0] * len(prompts) if priority is None else priority
         if not isinstance(priority, (list, tuple)) or len(priority) != len(prompts):
-            raise ValueError(
-                f"priority must be a list of {len(prompts)} integers, one for each prompt; got {priority!r}"
-            )
+            raise ValueError(f"priority must be a list of {len(prompts)} integers, one a prompt; got {priority!r}")
         requests: list[Request] = []
         try:
             for prompt, params, rank in zip(prompts, sampling_params, priority, strict=True):

@@ -54,7 +54,7 @@ class EngineConfig:
         enable_chunked_prefill: False: a prompt is computed in one step, and no decode takes part in it.
         max_chunk_size: most tokens of one prompt in a step, while others are there; None: 2,048.
         chunk_policy: "fixed", or "dynamic": prompt tokens of a step such that it lasts target_step_time_ms.
-        target_step_time_ms: for chunk_policy="dynamic", in milliseconds.
+        target_step_time_ms: how long a step should last, in milliseconds; with chunk_policy="dynamic", and only then.
 
     Raises:
         TypeError: an unknown option.

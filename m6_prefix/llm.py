@@ -197,9 +197,7 @@ class LLM:
             )
         priority = [0] * len(prompts) if priority is None else priority
         if not isinstance(priority, (list, tuple)) or len(priority) != len(prompts):
-            raise ValueError(
-                f"priority must be a list of {len(prompts)} integers, one for each prompt; got {priority!r}"
-            )
+            raise ValueError(f"priority must be a list of {len(prompts)} integers, one a prompt; got {priority!r}")
         if not isinstance(cache_salt, (list, tuple)):
             cache_salt = [cache_salt] * len(prompts)
         if len(cache_salt) != len(prompts):

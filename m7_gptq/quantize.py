@@ -64,6 +64,8 @@ def quantize_layers(
 
     Args:
         samples: int64 [S, L], token ids to calibrate with.
+        method: "gptq", or "rtn": every weight to the nearest.
+        damping: is added to the Hessian's diagonal, as a share of its mean.
 
     Returns:
         The tensors of the checkpoint by name, on the CPU, and the layers' errors.

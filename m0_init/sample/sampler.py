@@ -34,7 +34,7 @@ class SamplingMetadata:
         """What the next token of each of `seqs` is drawn with."""
         params = [seq.request.sampling_params for seq in seqs]
         return cls(
-            temperature=torch.tensor([0.0 if p.is_greedy else p.temperature for p in params], device=device),
+            temperature=torch.tensor([0.0 if p.is_greedy else float(p.temperature) for p in params], device=device),
             seeds=torch.tensor([seq.seed for seq in seqs], dtype=torch.int64, device=device),
             positions=torch.tensor([seq.num_tokens for seq in seqs], dtype=torch.int64, device=device),
             all_greedy=all(p.is_greedy for p in params),

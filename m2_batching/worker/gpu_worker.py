@@ -91,11 +91,7 @@ class GPUWorker:
         if max_model_len is None:
             max_model_len = min(longest, fits // max_num_seqs, config.max_num_batched_tokens or longest)
             if max_model_len < longest:
-                logger.info(
-                    "max_model_len lowered from %s to %s to fit in memory and in a step",
-                    f"{longest:,}",
-                    f"{max_model_len:,}",
-                )
+                logger.info("max_model_len lowered from %s to %s", f"{longest:,}", f"{max_model_len:,}")
         return max_model_len, max_num_seqs
 
     def _initialize_kv_cache(self, layers: list[Attention]) -> None:
@@ -108,13 +104,8 @@ class GPUWorker:
             layer.k_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
             layer.v_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
         total = self.num_slots * kv_bytes_per_token(layers, self.dtype)
-        logger.info(
-            "KV cache: %d rows of %s slots × %d layers = %.0f MiB",
-            self.num_slots // self.max_model_len,
-            f"{self.max_model_len:,}",
-            len(layers),
-            total / 2**20,
-        )
+        rows, length = self.num_slots // self.max_model_len, f"{self.max_model_len:,}"
+        logger.info("KV cache: %d rows of %s slots × %d layers = %.0f MiB", rows, length, len(layers), total / 2**20)
 
     def close(self) -> None:
         """Drop model and cache and give the memory back."""

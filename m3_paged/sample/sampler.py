@@ -58,7 +58,7 @@ class SamplingMetadata:
             return [(row, seq) for row, seq in enumerate(seqs) if uses(seq.request.sampling_params)]
 
         return cls(
-            temperature=column([0.0 if p.is_greedy else p.temperature for p in params]),
+            temperature=column([0.0 if p.is_greedy else float(p.temperature) for p in params]),
             seeds=torch.tensor([seq.seed for seq in seqs], dtype=torch.int64, device=device),
             positions=torch.tensor([seq.num_tokens for seq in seqs], dtype=torch.int64, device=device),
             all_greedy=all(p.is_greedy for p in params),

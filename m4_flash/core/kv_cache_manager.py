@@ -38,8 +38,8 @@ class KVCacheManager:
 
     def num_used_slots(self, seqs: list[Sequence]) -> int:
         """Slots that hold a token of one of `seqs`, which are all that hold blocks."""
-        # Only a last block has empty slots: as many as whoever has come furthest in it leaves, and none if it is in the
-        # middle of somebody's table.
+        # Only a last block can have empty slots. If several end in it, whoever has come furthest counts; if it is in
+        # the middle of somebody's table, it is full.
         empty: dict[int, list[int]] = {}
         for seq in seqs:
             num_empty = len(seq.block_table) * self.block_size - seq.num_computed_tokens

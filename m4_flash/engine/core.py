@@ -44,6 +44,8 @@ class EngineCore:
                 self.ahead = self._launch(ahead)
             return scheduled, self.scheduler.update_from_output(scheduled, output.get_output())
         except BaseException:
+            if self.ahead is not None:
+                self.scheduler.undo(self.ahead[0])
             self.ahead = None
             self.scheduler.undo(scheduled)
             raise

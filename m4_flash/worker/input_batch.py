@@ -69,7 +69,7 @@ class InputBatch:
         """What the model runs on.
 
         Returns:
-            input_ids int64 [T] (first of all source_rows, as they are), positions int64 [T], how they
+            input_ids int64 [T] (first of all source_rows, no token ids yet), positions int64 [T], how they
             divide into sequences, and of each sequence, int64 [N]: the row after which its next token is drawn, and
             that token's position.
         """
@@ -106,7 +106,10 @@ class InputBatch:
         return ids, at, metadata, logits_indices, sample_positions
 
     def _to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        """The arrays in one copy, for which nobody waits here: it is done before the step's tokens are."""
+        """The arrays in one copy, for which nobody waits here: it is done before the step's tokens are.
+
+        Those of wider elements come first, so that each part begins where its dtype may.
+        """
         num_bytes = sum(array.nbytes for array in arrays)
         self._staging.reverse()
         if num_bytes > len(self._staging[0]):

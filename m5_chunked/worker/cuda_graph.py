@@ -32,7 +32,7 @@ def default_sizes(max_num_seqs: int) -> list[int]:
 
 
 def default_token_sizes(max_num_tokens: int) -> list[int]:
-    """For steps with prompts: products of matrices take tiles of 128 rows, and few tokens cost as much as none."""
+    """For steps with prompts: matrix products work in tiles of 128 rows, so that filling one up costs nothing."""
     most = -(-min(max_num_tokens, _MOST_TOKENS) // 128) * 128
     return [16, 32, 64, *range(128, most + 1, 128)]
 

@@ -160,7 +160,7 @@ class GPUWorker:
     def _profile_activations(self, num_tokens: int, longest: int, max_num_seqs: int) -> int:
         """Bytes that the largest step takes beside weights and cache, found by taking one.
 
-        What pads has most to do for one sequence as long as can be among many of a single token.
+        A backend that pads works hardest for one sequence as long as can be among many of a single token.
         """
         lens = [1] * max_num_seqs
         for i in range(max_num_seqs):
@@ -186,7 +186,8 @@ class GPUWorker:
         logits = self.model.compute_logits(hidden[:max_num_seqs]).float()
         ones = torch.ones(max_num_seqs, device=self.device)
         sampling = SamplingMetadata(
-            ones, ones.long(), ones.long(), False, None, ones * 0.9, None, [], [], [], [], []
+            temperature=ones, seeds=ones.long(), positions=ones.long(), all_greedy=False, top_k=None, top_p=ones * 0.9,
+            min_p=None, logit_bias=[], min_tokens=[], penalties=[], logits_processors=[], logprobs=[],
         )  # fmt: skip
         Sampler().sample(logits, sampling)
         Sampler()(logits, replace(sampling, top_p=None))  # compiles kernels that the first request would wait for

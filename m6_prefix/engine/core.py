@@ -48,6 +48,8 @@ class EngineCore:
             self.scheduler.record_step_time(scheduled, time.perf_counter() - started)
             return scheduled, self.scheduler.update_from_output(scheduled, sampled)
         except BaseException:
+            if self.ahead is not None:
+                self.scheduler.undo(self.ahead[0])
             self.ahead = None
             self.scheduler.undo(scheduled)
             raise

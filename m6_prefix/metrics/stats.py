@@ -71,7 +71,7 @@ class PrefixCacheStats:
         self.forget_recent()
 
     def record(self, num_tokens: int, num_hits: int) -> None:
-        """A sequence of `num_tokens` was admitted and needs not compute `num_hits` of them."""
+        """A sequence of `num_tokens` was admitted and need not compute `num_hits` of them."""
         self.queries += num_tokens
         self.hits += num_hits
         self._recent.append((num_tokens, num_hits))

@@ -69,7 +69,7 @@ class SamplingMetadata:
             return [(row, seq) for row, seq in enumerate(seqs) if uses(seq.request.sampling_params)]
 
         return cls(
-            temperature=column([0.0 if p.is_greedy else p.temperature for p in params]),
+            temperature=column([0.0 if p.is_greedy else float(p.temperature) for p in params]),
             seeds=column([seq.seed for seq in seqs]),
             positions=column([seq.num_tokens for seq in seqs]),
             all_greedy=all(p.is_greedy for p in params),

@@ -49,8 +49,8 @@ class KVCacheManager:
 
     def num_used_slots(self, seqs: list[Sequence]) -> int:
         """Slots that hold a token of one of `seqs`, which are all that hold blocks."""
-        # Only a last block has empty slots: as many as whoever has come furthest in it leaves, and none if it is in the
-        # middle of somebody's table.
+        # Only a last block can have empty slots. If several end in it, whoever has come furthest counts; if it is in
+        # the middle of somebody's table, it is full.
         empty: dict[int, list[int]] = {}
         for seq in seqs:
             num_empty = len(seq.block_table) * self.block_size - seq.num_computed_tokens
@@ -99,8 +99,8 @@ class KVCacheManager:
             pool.touch(hits)
             table += hits
         if written is not None and (num_holders > 1 or written.block_hash is not None):  # shared, or can be found
-            # Copy on write. Let go before another is taken, it may itself be taken where it is the only one: a step
-            # does all copies before it writes anything.
+            # Copy on write. It is let go first, so that it can itself be taken if no other is free: a step reads all
+            # that it copies before it writes.
             pool.free_blocks([table[first]])
             (table[first],) = pool.get_new_blocks(1)
             self.block_copies.append((written.block_id, table[first]))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of the blocks that begin where a match ends and with the right token, so many are looked at, the newest first.
 MAX_CANDIDATES = 8
-# A block is copied for this part of its tokens or more: every other prompt begins with a token that some block has.
+# A block is copied only if that saves this part of its tokens: a first token alone is often equal by chance.
 MIN_COPIED_SHARE = 1 / 8
 
 

@@ -133,4 +133,5 @@ class LLMEngine:
         self._unfinished[seq.request_id].remove(seq)
         if not self._unfinished[seq.request_id]:
             del self._unfinished[seq.request_id]
-            self.core.ahead = self.core.ahead if self._unfinished else None  # or it is a step of nobody
+            if not self._unfinished:
+                self.core.ahead = None  # it would be a step of nobody

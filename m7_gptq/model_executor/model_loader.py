@@ -146,9 +146,8 @@ def load_model(
         size = sum(p.nbytes for p in packed) / 2**20
         logger.info("of these, %.1f MiB are %d-bit weights", size, quantization_config.bits)
         if params[0].is_cuda and not all(isinstance(w, PackedWeight) and w.has_kernels(dtype) for w in quantized):
-            logger.warning(
-                "every step unpacks whole weights: kernels take float16 and bfloat16, and groups of 32, 64 or 128"
-            )
+            advice = "use dtype float16 or bfloat16, and groups of 32, 64, a multiple of 128, or -1"
+            logger.warning("every step unpacks whole weights: %s", advice)
     return model
 
 
@@ -206,7 +205,8 @@ def create_quantized_weights(
                 raise ValueError(f"{path} {error}") from error
     if not found:
         raise ValueError(
-            "the config says that the checkpoint is quantised, but it holds no *.qweight: take that out of the config"
+            "config.json or quantize_config.json says that the checkpoint is quantised, but it holds no *.qweight: "
+            "remove quantization_config, or that file"
         )
 
 
@@ -235,7 +235,10 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """{name: dtype} of every tensor in the folder's safetensors files. Raises like `read_safetensors`."""
+    """{name: dtype} of every tensor in the folder's safetensors files; what is neither F32 nor BF16 counts as float16.
+
+    Raises like `read_safetensors`.
+    """
     floats = {"F32": torch.float32, "BF16": torch.bfloat16}
     return {key: floats.get(file.get_slice(key).get_dtype(), torch.float16) for key, file in _open_safetensors(folder)}
 

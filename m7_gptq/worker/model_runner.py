@@ -21,7 +21,7 @@ class AsyncModelRunnerOutput:
 
     def __init__(self, sampled: SamplerOutput) -> None:
         self._sampled = sampled
-        # Under way from now on: after the launch of another step it would wait for that.
+        # Queued now: behind the launch of another step it would wait for that step, too.
         self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
         self._copied = torch.cuda.current_stream().record_event() if sampled.token_ids.is_cuda else None
 

@@ -114,6 +114,21 @@ def test_rows_are_those_of_the_step_before(stage: ModuleType) -> None:
     assert (ids(last.seqs), last.source_rows) == (["third-0", "short-0", "long-0"], [2, 0, 1])
 
 
+@pytest.mark.since("m5")
+def test_the_more_urgent_prompt_goes_on_first(stage: ModuleType) -> None:
+    """As in a step that is not ahead, whoever was admitted first."""
+    drive = with_blocks(stage, max_num_batched_tokens=8, scheduling_policy="priority")
+    drive.add("decode", 3, 9)
+    drive.step()
+    drive.add("late", 20, 9, priority=2)
+    drive.step()
+    drive.add("urgent", 20, 9, priority=1)
+    scheduled = drive.scheduler.schedule()
+    assert scheduled.num_scheduled_tokens == {"decode-0": 1, "urgent-0": 7}
+    assert drive.running == ["decode-0", "late-0", "urgent-0"]
+    assert drive.scheduler.schedule_ahead(scheduled).num_scheduled_tokens == {"decode-0": 1, "urgent-0": 7}
+
+
 @pytest.mark.parametrize("ending", ["FINISHED_ABORTED", "FINISHED_STOPPED"])
 def test_who_ends_between_two_steps_leaves_the_next(stage: ModuleType, ending: str) -> None:
     """Its token, which is under way, is nobody's; that it is gone is told once."""
@@ -670,6 +685,51 @@ def test_a_step_that_fails_beside_another(
         check_pool(llm)
     assert [result_of(output) for output in outputs] == expected
     check_clean(llm)
+
+
+@pytest.mark.since("m5")
+@pytest.mark.parametrize("what", ["get_output", "update_from_output"])
+def test_a_prompt_that_is_in_the_later_step_only(what: str, stage: ModuleType, make_llm: MakeLLM) -> None:
+    """Its last chunk was launched ahead, beside the step that fails, in which more urgent ones took all tokens."""
+    sizes = {"max_model_len": 48, "block_size": 4, "max_num_batched_tokens": 8, "max_chunk_size": 4}
+    llm = make_llm("qwen2", async_scheduling=True, scheduling_policy="priority", **sizes)
+    params = stage.SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    prompts = {"decode": range(3), "late": range(30, 42), "urgent": range(60, 67), "other": range(70, 79)}
+    expected = {name: greedy_tokens(stage, llm, list(prompt), 20) for name, prompt in prompts.items()}
+    forget_prefixes(llm)
+    engine, core, outputs = llm.engine, llm.engine.core, {}
+
+    def add(name: str, priority: int) -> None:
+        engine.add_request(name, list(prompts[name]), params, priority)
+        outputs[name] = engine.get_output(name)
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        launched = watch(patch, llm)
+        add("decode", 0)
+        engine.step()
+        add("late", 2)
+        engine.step()
+        engine.step()
+        add("urgent", 1)
+        add("other", 1)
+        engine.step()
+        engine.step()
+        if what == "get_output":
+            patch.setattr(submodule(stage, "worker.model_runner").AsyncModelRunnerOutput, "get_output", fail)
+        else:
+            patch.setattr(core.scheduler, "update_from_output", fail)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    taking_part = [{name.removesuffix("-0") for name in step.num_scheduled_tokens} for step in launched[-2:]]
+    assert taking_part == [{"decode", "urgent", "other"}, set(prompts)]
+    assert (core.scheduler.running, core.scheduler.kv_cache_manager.num_used_blocks, core.ahead) == ([], 0, None)
+    while engine.has_unfinished_requests():
+        engine.step()
+        check_pool(llm)
+    assert {name: output.token_ids for name, output in outputs.items()} == expected
 
 
 # ---------------------------------------------------------------------- the option

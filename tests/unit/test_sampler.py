@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from .. import strategies
-from ..conftest import submodule
+from ..conftest import MakeLLM, submodule
 from ..oracle import GOLDEN, splitmix, uniform
 
 LARGEST_UNIFORM = 1 - 2.0**-24
@@ -246,3 +246,20 @@ def test_nothing_is_remembered_between_calls(stage: ModuleType) -> None:
     assert first == sample(stage, logits, [1.0] * 32, range(32), range(32))
     assert first != sample(stage, logits, [1.0] * 32, range(32), range(1, 33))
     assert first != sample(stage, logits, [1.0] * 32, range(1, 33), range(32))
+
+
+def test_a_whole_number_is_a_temperature(stage: ModuleType, make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same type as any other, or a kernel would be compiled for it once more."""
+    metadata_class = submodule(stage, "sample.sampler").SamplingMetadata
+    from_sequences, seen = metadata_class.from_sequences, []
+
+    def watched(*args: Any) -> Any:
+        seen.append(from_sequences(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(metadata_class, "from_sequences", watched)
+    llm = make_llm("qwen3", max_model_len=32)
+    params = [stage.SamplingParams(temperature=value, seed=7, max_tokens=5, ignore_eos=True) for value in (1, 1.0)]
+    whole, other = (llm.generate([[1, 2, 3]], each, use_tqdm=False)[0].token_ids for each in params)
+    assert whole == other and seen
+    assert all(metadata.temperature.dtype == torch.float32 for metadata in seen)

@@ -19,7 +19,8 @@ class SchedulerOutput:
         is_prefill: whether these are newly admitted, or else in the middle of their output.
         retired_seq_ids: sequences that finished or were preempted since the step before.
         block_copies: (from, to): blocks of the cache to be copied before the forward pass.
-        source_rows: of the step before, that draw what the first of these compute: only the device knows it.
+        source_rows: rows of the step before. What it draws there the first of these sequences compute, in this order;
+            only the device knows these tokens yet.
     """
 
     seqs: list[Sequence]

@@ -192,7 +192,8 @@ class Scheduler:
     def _has_room_for(self, seq: Sequence, parent: Sequence | None) -> bool:
         """Whether `seq` can run; it holds its blocks then. Under "priority" less urgent ones have to give theirs up.
 
-        That departs from vLLM, where priority orders the queue, and a running sequence keeps running.
+        That departs from vLLM, where priority orders the queue, and whoever runs gives way to those who run and lack a
+        block, never to one that waits.
         """
         while len(self.running) >= self.max_num_seqs or not self._allocate(seq, parent):
             victim = max(self.running, key=urgency, default=seq)

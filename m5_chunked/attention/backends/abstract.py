@@ -30,7 +30,7 @@ class AttentionBackend(ABC):
 
     @classmethod
     def preferred_block_size(cls, device: torch.device) -> int:
-        """Slots that a block should have, if nobody minds."""
+        """Slots that a block should have, unless the user asks for another number."""
         return 16
 
     @classmethod

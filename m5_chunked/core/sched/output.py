@@ -21,7 +21,8 @@ class SchedulerOutput:
         is_decode: whether one of them was there before, and had a single token to compute.
         retired_seq_ids: sequences that finished or were preempted since the step before.
         block_copies: (from, to): blocks of the cache to be copied before the forward pass.
-        source_rows: of the step before, that draw what the first of these compute: only the device knows it.
+        source_rows: rows of the step before. What it draws there the first of these sequences compute, in this order;
+            only the device knows these tokens yet.
     """
 
     seqs: list[Sequence]

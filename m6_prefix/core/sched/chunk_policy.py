@@ -9,8 +9,8 @@ from __future__ import annotations
 
 # A step's share of prompt tokens never falls below this, however slow its decodes are: prompts must get on, too.
 MIN_PREFILL_TOKENS = 32
-# One step says little: the share moves halfway to more if that is what it suggests, at most to so many times as much.
-# It moves to less at once, as somebody waited for too long.
+# A step may ask for so many times as much at most, or for that part of it at least. One step says little, so the share
+# goes only this part of the way up; down it goes at once, as somebody waited for too long.
 _MAX_FACTOR = 2.0
 _SMOOTHING = 0.5
 

@@ -21,7 +21,7 @@ class RequestQueue(ABC):
 
     @abstractmethod
     def prepend(self, seq: Sequence) -> None:
-        """A sequence that has run before waits again, before those that its policy does not put first."""
+        """A sequence that has run before waits again, ahead of all whom the policy does not put before it."""
 
     @abstractmethod
     def peek(self) -> Sequence:

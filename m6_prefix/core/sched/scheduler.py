@@ -90,7 +90,7 @@ class Scheduler:
             if len(self.waiting) + sum(num_tokens_left(seq) > 1 for seq in self.running) > 1:
                 self._chunk_cap = min(self._chunk_cap, -(-self._prefill_budget // 2))  # the first leaves some to others
         if self.enable_chunked_prefill:
-            if not self._schedule_running():  # whoever was preempted would take back what it has just given
+            if not self._schedule_running():  # or whoever was preempted would take its blocks back
                 self._schedule_waiting()
         else:
             if self._num_prefills_in_a_row < MAX_CONSECUTIVE_PREFILLS or not self.running:
@@ -116,7 +116,7 @@ class Scheduler:
         if any(seq.request.sampling_params.needs_host for seq in self.running):
             return None
         self._begin_step()
-        for seq in decodes + prompts:
+        for seq in decodes + (sorted(prompts, key=urgency) if self.policy == "priority" else prompts):
             num_new_tokens = 1 if seq.seq_id in rows else self._chunk_size(seq)
             if num_new_tokens > 0 and not self.kv_cache_manager.allocate_slots(seq, num_new_tokens):
                 return None
@@ -321,7 +321,7 @@ class Scheduler:
             self._prefill_budget -= num_new_tokens
 
     def _give_tokens_back(self, seq: Sequence) -> None:
-        """What it was to have in this very step."""
+        """Its tokens of this step go back to the budgets."""
         given = self._num_scheduled_tokens.pop(seq.seq_id, 0)
         self._token_budget += given
         self._prefill_budget += given if num_tokens_left(seq) > 1 else 0
@@ -335,8 +335,9 @@ class Scheduler:
     def _has_room_for(self, seq: Sequence, parent: Sequence | None, computed: ComputedBlocks) -> bool:
         """Whether `seq` can run; it holds its blocks then. Under "priority" less urgent ones have to give theirs up.
 
-        That departs from vLLM, where priority orders the queue, and a running sequence keeps running. Whoever gives up
-        no more than its tokens of this step keeps its blocks, and goes on in a later step.
+        That departs from vLLM, where priority orders the queue, and whoever runs gives way to those who run and lack a
+        block, never to one that waits. Whoever gives up no more than its tokens of this step keeps its blocks, and goes
+        on in a later step.
         """
         while parent is not None or self._chunk_size(seq) > 0 or self._take_tokens_back(seq):
             if len(self.running) < self.max_num_seqs and self._allocate(seq, parent, computed):
@@ -349,7 +350,7 @@ class Scheduler:
         return False  # there are more tokens in the next step
 
     def _take_tokens_back(self, seq: Sequence) -> bool:
-        """Those of the least urgent prompt of this step, under "priority" and with chunks, if it is less urgent."""
+        """The least urgent prompt of this step gives its tokens back, if it is less urgent. Returns whether it did."""
         if self.policy != "priority" or not self.enable_chunked_prefill:
             return False
         prompts = (other for other in self.running if self._num_scheduled_tokens.get(other.seq_id, 0) > 1)
@@ -361,7 +362,7 @@ class Scheduler:
 
     def _allocate(self, seq: Sequence, parent: Sequence | None, computed: ComputedBlocks) -> bool:
         num_reserved = (self.watermark_blocks if self.running else 0) + self._num_promised_blocks
-        num_reserved += sum(seq.seq_id not in self._num_scheduled_tokens for seq in self._forked)  # copies are to come
+        num_reserved += sum(s.seq_id not in self._num_scheduled_tokens for s in self._forked)  # copies are to come
         if parent is None:
             num_blocks_for, chunk_size = self.kv_cache_manager.num_blocks_for, self._chunk_size(seq)
             num_reserved += num_blocks_for(seq.num_tokens)  # all of it has to fit

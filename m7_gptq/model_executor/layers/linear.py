@@ -60,7 +60,9 @@ class Linear(nn.Module):
         copy_weight(part, loaded_weight)
 
     def create_quantized_weights(self, config: QuantizationConfig, scales_dtype: torch.dtype = torch.float16) -> None:
-        """Make room for a quantised weight in place of `weight`: parameters named and shaped as in a checkpoint.
+        """Make room for a quantised weight in place of `weight`.
+
+        Its parameters are named and shaped as in a checkpoint, but that g_idx has a row for each stacked matrix.
 
         Raises:
             ValueError: a matrix of this shape cannot be packed so.

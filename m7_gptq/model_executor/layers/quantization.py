@@ -257,7 +257,7 @@ class PackedWeight(QuantizedWeight):
         return self.in_features // num_groups if num_groups > 1 else len(self.qweight) * BLOCK
 
     def has_kernels(self, dtype: torch.dtype) -> bool:
-        """Whether few rows can be multiplied by codes; in float32 there are no tensor cores to use."""
+        """Whether products of few rows read the codes themselves; in float32 there are no tensor cores to use."""
         return dtype != torch.float32 and quantized_matmul.is_available(self.scales, self.group_size)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

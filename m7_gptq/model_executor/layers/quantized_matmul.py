@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...utils.triton import tl, triton
 from .fused import is_available as has_triton
 
 if TYPE_CHECKING:
     from .quantization import PackedWeight
-
-from ...utils.triton import tl, triton
 
 BLOCK = 128  # inputs whose codes lie together
 MAX_ROWS = 128  # of x, above which unpacking first and an ordinary product are faster
@@ -28,7 +27,7 @@ MAX_MATVEC = 2**23  # weights, above which tensor cores are faster even for one 
 
 OUTPUTS, MAX_TILE = 128, 64  # of the weight and rows of x that a program of `_matmul_kernel` multiplies, at most
 RESIDENT = {8: 4, 16: 3, 32: 2, 64: 1}  # rows of a tile: programs that a multiprocessor is to have
-MAX_COUNTED = 1024  # tiles that can be split: no GPU has 512 multiprocessors, to which more would not be enough
+MAX_COUNTED = 1024  # counters; only products of at most two tiles a multiprocessor are split, and no GPU has 512
 FEW_SPLITS, MAX_SPLITS = 8, 16  # parts of a weight's row that cost little to add up, and the most there are
 
 
@@ -107,7 +106,7 @@ if triton is not None:
     def _load_grid(  # type: ignore[no-untyped-def]
         scales_ptr, qzeros_ptr, output, group, mask, num_outputs, BITS: tl.constexpr
     ):  # fmt: skip
-        """Of outputs and groups that broadcast: float32 both."""
+        """Scales and zero points, float32, of outputs and groups that broadcast."""
         offset = group * num_outputs + output
         scale = tl.load(scales_ptr + offset, mask=mask, other=0.0)
         word = tl.load(qzeros_ptr + offset * BITS // 32, mask=mask, other=0)
@@ -138,9 +137,9 @@ if triton is not None:
                 for field in tl.static_range(part * FIELDS // GROUPS, (part + 1) * FIELDS // GROUPS):
                     column = block[:, None] * (WORDS * FIELDS) + field * WORDS + word
                     x = tl.load(x_ptr + column, mask=column < num_inputs, other=0.0).to(tl.float32)
-                    # A float of 2 ** (23 - s) has its ones at bit s, where the field begins: no shift is needed.
-                    bits = words >> field * BITS // 16 * 16 & (2**BITS - 1 << field * BITS % 16)
-                    code = (bits | 150 - field * BITS % 16 << 23).to(tl.float32, bitcast=True)
+                    # A float of 2 ** (23 - s) has its unit at bit s, where the field begins: no shift is needed.
+                    bits = (words >> (field * BITS // 16 * 16)) & ((2**BITS - 1) << (field * BITS % 16))
+                    code = (bits | ((150 - field * BITS % 16) << 23)).to(tl.float32, bitcast=True)
                     dot += (code - (zero + 2 ** (23 - field * BITS % 16))[:, :, None]) * x[:, None, :]
                 total += scale[:, :, None] * dot
         result = tl.sum(tl.sum(total, axis=2), axis=0)

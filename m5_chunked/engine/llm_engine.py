@@ -121,5 +121,5 @@ class LLMEngine:
         self._unfinished[seq.request_id].remove(seq)
         if not self._unfinished[seq.request_id]:
             del self._unfinished[seq.request_id]
-            if not self._unfinished:
-                self.core.ahead = None  # it would be a step of nobody
+        if not self.core.scheduler.running:
+            self.core.ahead = None  # it would be a step of nobody

@@ -197,8 +197,8 @@ class OutputProcessor:
     def note_scheduled(self, seqs: list[Sequence], started: float) -> None:
         """The step that began at `started` worked on these."""
         for seq in seqs:
-            if seq.request_id in self._outputs:
-                output = self._outputs[seq.request_id]
+            output = self._outputs.get(seq.request_id)
+            if output is not None and output.prompt_token_ids is seq.request.prompt_token_ids:  # or its id is another's
                 output.metrics.first_scheduled_time = output.metrics.first_scheduled_time or started
 
     def process_outputs(self, seq_outputs: list[SequenceOutput]) -> tuple[list[RequestOutput], list[str]]:

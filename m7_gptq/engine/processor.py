@@ -201,8 +201,8 @@ class OutputProcessor:
     def note_scheduled(self, seqs: list[Sequence], started: float) -> None:
         """The step that began at `started` worked on these."""
         for seq in seqs:
-            if seq.request_id in self._outputs:
-                output = self._outputs[seq.request_id]
+            output = self._outputs.get(seq.request_id)
+            if output is not None and output.prompt_token_ids is seq.request.prompt_token_ids:  # or its id is another's
                 output.metrics.first_scheduled_time = output.metrics.first_scheduled_time or started
                 if seq.index == 0:
                     output.num_cached_tokens = seq.num_cached_tokens

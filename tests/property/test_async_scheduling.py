@@ -607,6 +607,42 @@ def test_an_id_may_be_used_again_while_a_step_with_it_is_under_way(stage: Module
         assert (again.token_ids, stays.token_ids) == (expected, others)
 
 
+@pytest.mark.since("m5")
+def test_what_is_told_of_an_id_that_was_used_again(stage: ModuleType, make_llm: MakeLLM) -> None:
+    """The chunk that is under way is the old request's: the new one has not been scheduled yet."""
+    llm = make_llm("qwen3", async_scheduling=True, max_num_batched_tokens=8, max_model_len=48, block_size=4)
+    params = stage.SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    engine = llm.engine
+    engine.add_request("stays", [4, 4], params)
+    engine.add_request("a", list(range(30, 60)), params)
+    while engine.core.ahead is None or engine.core.ahead[0].phase != "mixed":
+        engine.step()
+    engine.abort_request("a")
+    engine.add_request("a", list(range(60, 70)), params)
+    again = engine.get_output("a")
+    engine.step()
+    assert again.metrics.first_scheduled_time is None and again.metrics.queue_time is None
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert again.metrics.first_scheduled_time is not None
+    assert getattr(again, "num_cached_tokens", 0) == 0
+
+
+def test_those_who_wait_do_not_wait_for_a_step_of_nobody(stage: ModuleType, checkpoint_path: CheckpointPath) -> None:
+    """One at a time, each ended by a token: as many steps as without."""
+    num_steps = []
+    for ahead in (False, True):
+        with open_llm(stage, checkpoint_path("qwen3"), async_scheduling=ahead, max_num_seqs=1, max_model_len=32) as llm:
+            tokens = greedy_tokens(stage, llm, [9, 8, 7], 4)
+            forget_prefixes(llm)
+            llm.engine.stats.clear()
+            params = stage.SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop_token_ids=tokens[3:])
+            outputs = llm.generate([[9, 8, 7]] * 3, params, use_tqdm=False)
+            assert all(output.token_ids == tokens for output in outputs)
+            num_steps.append(len(llm.engine.stats.steps))
+    assert num_steps[0] == num_steps[1] == 3 * 4
+
+
 @pytest.mark.since("m6")
 @pytest.mark.parametrize("length", [5, 6, 7, 8])
 def test_the_cache_holds_nothing_that_is_not_computed(

@@ -44,6 +44,7 @@ def make_scheduled(stage: ModuleType, seqs: list[Any], num_tokens: list[int], re
         "is_decode": False,
         "retired_seq_ids": list(retired),
         "block_copies": [],
+        "seq_lens": [seq.num_computed_tokens for seq in seqs],
     }
     return output(**{field.name: known[field.name] for field in fields(output) if field.name in known})
 

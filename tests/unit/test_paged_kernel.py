@@ -235,7 +235,7 @@ def test_how_many_splits(num_programs: int, max_seq_len: int, paged: ModuleType)
     assert most == 1 or max_seq_len / most > paged._MIN_SPLIT / 2
     more = paged.choose_num_splits(num_programs + 1, max_seq_len, CPU)
     longer = paged.choose_num_splits(num_programs, max_seq_len + 1, CPU)
-    assert more[0] <= enough and (more[2] < long or more[1] <= most), "programs than fill the device leave no room"
+    assert more[0] <= enough and (more[2] < long or more[1] <= most), "more programs have no more room"
     assert all(a <= b for a, b in zip(chosen, longer, strict=True))
     assert (enough > 1) == (max_seq_len > paged._MIN_SPLIT and num_programs <= 8)  # a CPU passes for four units
     if enough == 1:
